@@ -1,0 +1,51 @@
+"""SafeGrad inside the optimizer: fine-tune a safety-aligned LLM without losing its refusals.
+
+Wrap the optimizer of any training script. At each step the user gradient loses its component against
+the alignment gradient, the gradient of KL(P_ref || P_model) on a small safety batch, which is then
+added with weight `rho`:
+
+    from safegrad_optim import KLAlignment, SafeGradOptimizer
+
+    alignment = KLAlignment(model, safety_batches)      # P_ref: the model before fine-tuning
+    optimizer = SafeGradOptimizer(AdamW(model.parameters(), lr=2e-4), alignment)
+    for batch in loader:
+        model(**batch).loss.backward()
+        optimizer.step()                                # alignment gradient, surgery, base step
+        optimizer.zero_grad()
+
+The math alone is in `project_conflicting` and `combine`, pure functions on lists of tensors.
+
+Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172.
+"""
+
+from importlib.metadata import version
+
+from safegrad_optim.divergence import kl_divergence
+from safegrad_optim.kl_alignment import KLAlignment
+from safegrad_optim.loss_alignment import LossAlignment
+from safegrad_optim.optimizer import SafeGradOptimizer, StepCounts, UnprotectedStepError
+from safegrad_optim.projection import (
+    GradientProducts,
+    SurgeryStats,
+    combine,
+    combine_,
+    inner_products,
+    project_conflicting,
+)
+
+__version__ = version("safegrad_optim")
+
+__all__ = [
+    "GradientProducts",
+    "KLAlignment",
+    "LossAlignment",
+    "SafeGradOptimizer",
+    "StepCounts",
+    "SurgeryStats",
+    "UnprotectedStepError",
+    "combine",
+    "combine_",
+    "inner_products",
+    "kl_divergence",
+    "project_conflicting",
+]

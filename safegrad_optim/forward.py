@@ -1,0 +1,141 @@
+"""One forward pass on a safety batch that leaves no trace in the model.
+
+Only the compared positions go through the output head: a pre-hook on the head drops the others inside
+the model's own forward, for any architecture, so that (rows x length x vocabulary) is never made.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safegrad_optim.safety_batches import Batch
+
+__all__ = ["check_precision", "device_type", "forward_at", "output_head", "unchanged_evaluation"]
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """Return the module that maps final hidden states to logits.
+
+    Raises:
+        TypeError: the model does not name one by `get_output_embeddings()`.
+        NotImplementedError: the model is an encoder-decoder.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"{type(model).__name__} is an encoder-decoder; the alignment loss is for decoder-only "
+            "language models. Pass your own callable as alignment."
+        )
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} has no output head: get_output_embeddings() is missing or gives "
+            f"{type(head).__name__}. Use a causal language model, or pass your own callable as alignment."
+        )
+    return head
+
+
+def forward_at(
+    model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the model and return hidden states and logits at the positions of `mask` only.
+
+    Args:
+        model: a causal language model whose output has `.logits`.
+        inputs: model inputs on the model's device, without labels.
+        mask: positions to keep, (rows, length) bool.
+        ref_hidden: (tokens, hidden size) states to send through the head after the kept ones, and
+            through whatever the model does to its logits afterwards.
+
+    Returns:
+        Hidden states (tokens, hidden size) before the head, and logits (tokens, vocabulary); with
+        `ref_hidden`, twice as many rows of logits.
+
+    Raises:
+        RuntimeError: the model did not send its hidden states through the head as expected.
+    """
+    kept: list[Tensor] = []
+
+    def keep_positions(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        if hidden.shape[:2] != mask.shape:
+            raise RuntimeError(
+                f"The output head got hidden states {tuple(hidden.shape)} for a batch of "
+                f"{tuple(mask.shape)} tokens; they have to correspond one to one."
+            )
+        selected = hidden[mask.to(hidden.device)]
+        kept.append(selected)
+        if ref_hidden is not None:
+            check_precision(ref_hidden, selected)
+            selected = torch.cat([selected, ref_hidden.to(selected.device)])
+        return (selected.unsqueeze(0), *args[1:])
+
+    handle = output_head(model).register_forward_pre_hook(keep_positions)
+    try:
+        # Without a config the model is not of transformers and may know no cache.
+        options = {"use_cache": False} if hasattr(model, "config") else {}
+        logits = model(**inputs, **options).logits
+    finally:
+        handle.remove()
+    rows = int(mask.sum()) * (1 if ref_hidden is None else 2)
+    if len(kept) != 1 or logits.shape[:-1] != (1, rows):
+        raise RuntimeError(
+            f"Expected logits of {rows} positions from one call of the output head, found "
+            f"{tuple(logits.shape)} from {len(kept)}. A compiled model ignores hooks: pass the "
+            "original module."
+        )
+    return kept[0], logits.squeeze(0)
+
+
+def check_precision(reference: Tensor, output: Tensor) -> None:
+    """Check that what the reference and the model gave has one dtype.
+
+    Raises:
+        RuntimeError: the precision has changed since the reference was computed.
+    """
+    if reference.dtype != output.dtype:
+        raise RuntimeError(
+            f"The reference was computed in {reference.dtype}, the model now runs in {output.dtype}. "
+            "Build the alignment after the model is in its final precision (after accelerator.prepare), "
+            "or give it autocast_dtype."
+        )
+
+
+@contextmanager
+def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
+    """Run the model in eval mode and restore training flags, buffers and random state exactly.
+
+    Autocast of the surrounding code is off inside, so that the precision is that of the alignment and
+    does not depend on where the optimizer's step is called.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {parameter.device for parameter in model.parameters()}
+    cuda = [device for device in devices if device.type == "cuda"]
+    model.eval()
+    try:
+        with torch.random.fork_rng(cuda), torch.autocast(device_type(model), enabled=False):
+            yield
+    finally:
+        # Weights cast under no_grad have no graph; a later forward would lose its gradients to them.
+        torch.clear_autocast_cache()
+        for module, flag in training:
+            module.training = flag
+        with torch.no_grad():
+            for module, name, buffer, version, value in buffers:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def device_type(model: nn.Module) -> str:
+    """Return the type of the device that holds the model's first parameter."""
+    return next(model.parameters()).device.type

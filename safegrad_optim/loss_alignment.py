@@ -1,0 +1,66 @@
+"""LossAlignment: the alignment gradient of a plain loss, such as cross-entropy on refusals."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from safegrad_optim.alignment import Alignment, SafetyBatches
+from safegrad_optim.forward import forward_at
+from safegrad_optim.safety_batches import IGNORE_INDEX, Batch
+
+__all__ = ["LossAlignment"]
+
+
+class LossAlignment(Alignment):
+    """Gradient of a plain loss on safety batches, for the paper's ablation or an objective of your own.
+
+    L_align = -(1 / T) sum_t log P_model(y_t | x_<t) over the T response tokens, or `loss_fn`.
+
+    Args:
+        model: the model being fine-tuned.
+        safety_batches: as in `KLAlignment`; the labels are the refusals to keep.
+        loss_fn: called with the model (in eval mode) and a batch on its device; returns a 0-dim loss.
+            By default the cross-entropy of the labels.
+        batch_size: rows to a batch, where `safety_batches` are rows.
+        seed: seed of the order of safety batches.
+        autocast_dtype: dtype of autocast during the loss.
+
+    Raises:
+        ValueError: empty or malformed safety batches, or one without a response token.
+        NotImplementedError: more than one process.
+
+    Reference: Yi et al., arXiv 2508.07172, section 5 (cross-entropy against KL alignment).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        safety_batches: SafetyBatches,
+        loss_fn: Callable[[nn.Module, Batch], Tensor] | None = None,
+        *,
+        batch_size: int = 8,
+        seed: int = 0,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            safety_batches,
+            positions="response",
+            batch_size=batch_size,
+            seed=seed,
+            autocast_dtype=autocast_dtype,
+        )
+        self.loss_fn = loss_fn
+
+    def _losses(self, index: int) -> Iterator[Tensor]:
+        inputs, mask = self._inputs(index)
+        labels = self.batches[index]["labels"].to(self._device())
+        if self.loss_fn is not None:
+            yield self.loss_fn(self.model, {**inputs, "labels": labels})
+            return
+        logits = forward_at(self.model, inputs, mask)[1]
+        # The label of the token that each kept position predicts.
+        targets = labels.roll(-1, dims=1)[mask].to(logits.device)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        yield nn.functional.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE_INDEX)

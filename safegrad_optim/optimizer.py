@@ -1,0 +1,458 @@
+"""SafeGradOptimizer: any torch optimizer, with gradient surgery inside its step."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safegrad_optim.projection import (
+    GradientProducts,
+    SurgeryStats,
+    check_gradients,
+    combine_,
+    inner_products,
+)
+
+__all__ = ["SafeGradOptimizer", "StepCounts", "UnprotectedStepError"]
+
+AlignmentGrads = Sequence[Tensor | None]
+
+
+class UnprotectedStepError(RuntimeError):
+    """A step was refused, with nothing changed, because it would have gone unprotected."""
+
+
+class StepCounts(NamedTuple):
+    """How many steps an optimizer has taken, and of which kind."""
+
+    steps: int
+    """All steps."""
+    conflicts: int
+    """Steps whose user gradient conflicted and was projected."""
+    negligible: int
+    """Steps whose alignment gradient was zero or rounding noise: plain steps by design."""
+    unprotected: int
+    """Steps without an alignment gradient, under `allow_unprotected=True`."""
+
+
+class SafeGradOptimizer(Optimizer):
+    """Wrap `base_optimizer` so that each step first projects the user gradient off the alignment one.
+
+    g = g_user + c g_align,  c = rho + max(0, -<g_user, g_align>) / ||g_align||^2
+
+    Surgery happens once per `step()`, on the `.grad` that the base optimizer is about to use, so it
+    sees the accumulated and unscaled gradient. The alignment gradient is either pulled from
+    `alignment` or pushed with `set_alignment_grad`; a pushed one goes first and serves one step.
+    Everything else (`param_groups`, `state`, `state_dict`, schedulers, hooks) behaves as the base does.
+
+    Args:
+        base_optimizer: the optimizer that takes the step; it may have state already.
+        alignment: called with the trainable parameters in `param_groups` order; returns one alignment
+            gradient (or `None`) each, same shapes, dtypes and devices. For example a `KLAlignment`.
+        rho: weight of the alignment gradient, >= 0; the paper uses 1.
+        max_grad_norm: clip the final gradient to this norm. Clipping `.grad` before the step instead
+            would change the balance of the two gradients.
+        refresh_every: number of steps that one pulled alignment gradient serves.
+        allow_unprotected: take a plain step where no alignment gradient is given, instead of raising.
+
+    Raises:
+        TypeError: `base_optimizer` is no optimizer, or one that calls a closure several times a step.
+        ValueError: an option is out of range, or the base optimizer is differentiable.
+
+    Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        alignment: Callable[[list[Tensor]], AlignmentGrads] | None = None,
+        *,
+        rho: float = 1.0,
+        max_grad_norm: float | None = None,
+        refresh_every: int = 1,
+        allow_unprotected: bool = False,
+    ) -> None:
+        _check_base(base_optimizer)
+        if alignment is not None and not callable(alignment):
+            raise TypeError(
+                f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment. "
+                "Give gradients to set_alignment_grad() instead."
+            )
+        if not 0.0 <= rho < math.inf:
+            raise ValueError(f"rho is {rho}, expected a finite number >= 0 (the paper uses 1).")
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}, expected a number > 0 or None.")
+        if not isinstance(refresh_every, int) or refresh_every < 1:
+            raise ValueError(f"refresh_every is {refresh_every}, expected a whole number >= 1.")
+        self.base_optimizer = base_optimizer
+        self.alignment = alignment
+        self.rho = rho
+        self.max_grad_norm = max_grad_norm
+        self.refresh_every = refresh_every
+        self.allow_unprotected = allow_unprotected
+        self._pushed: list[Tensor | None] | None = None
+        self._pushed_versions: list[int | None] = []
+        self._pulled: list[Tensor | None] | None = None
+        self._pulled_age = 0
+        self._stats: SurgeryStats | None = None
+        self._steps = 0
+        self._unprotected = 0
+        self._conflicts: Tensor | int = 0
+        self._negligible: Tensor | int = 0
+        # Makes the hook registries; Optimizer.__init__ would replace the base's groups and state.
+        Optimizer.__setstate__(self, {})
+
+    # What the base owns is read from it at each use: load_state_dict replaces the objects, and FSDP2
+    # swaps the parameters inside param_groups.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    @property
+    def stats(self) -> SurgeryStats | None:
+        """Statistics of the last protected step as tensors on its device; `None` before the first."""
+        return self._stats
+
+    @property
+    def counts(self) -> StepCounts:
+        """Number of steps so far by kind; reading it waits for the device."""
+        return StepCounts(
+            self._steps, int(self._conflicts), int(self._negligible), self._unprotected
+        )
+
+    def set_alignment_grad(
+        self,
+        grads: AlignmentGrads | Mapping[Tensor, Tensor | None] | Mapping[str, Tensor | None],
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        """Give the alignment gradient of the next step, and of that step only.
+
+        Args:
+            grads: one tensor or `None` for each trainable parameter, as a sequence in `param_groups`
+                order or as a mapping by parameter or by name. Kept, not copied: do not pass `.grad`
+                tensors that are used on.
+            named_parameters: `model.named_parameters()`, for a mapping by name; not needed where the
+                base optimizer was built from named parameters.
+
+        Raises:
+            ValueError: an entry is missing, unknown, or has another shape, dtype or device than its
+                parameter; or all entries are `None`. The gradient set before, if any, stays.
+        """
+        parameters = self._trainable_parameters()
+        if isinstance(grads, Mapping):
+            ordered = _in_order(grads, self._keys(grads, named_parameters))
+        else:
+            ordered = list(grads)
+        _check_alignment(parameters, ordered)
+        self._pushed = ordered
+        self._pushed_versions = [_version(grad) for grad in ordered]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Project, combine, clip, and take the base optimizer's step.
+
+        Args:
+            closure: reevaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            What `closure` returned, or `None`.
+
+        Raises:
+            UnprotectedStepError: there is no alignment gradient, it was modified since it was set or
+                shares memory with a `.grad`, or either gradient is not finite. Parameters, state and
+                `.grad` are as they were before the step, and training can go on.
+            ValueError: the alignment gradients do not fit the parameters; likewise nothing changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = self._trainable_parameters()
+        user_grads = [parameter.grad for parameter in parameters]
+        if all(grad is None for grad in user_grads) or self._is_state_probe(user_grads):
+            self.base_optimizer.step()
+            return loss
+        alignment_grads = self._alignment_grads(parameters)
+        if alignment_grads is None:
+            self._unprotected += 1
+        else:
+            _check_own_memory(user_grads, alignment_grads)
+            products = self._checked_products(user_grads, alignment_grads)
+            self._operate(parameters, user_grads, alignment_grads, products)
+        self._steps += 1
+        self.base_optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, as the base optimizer does."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer; the next step pulls a new alignment gradient."""
+        self.base_optimizer.add_param_group(param_group)
+        self._pulled = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state, interchangeable with that of the bare optimizer."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this or the bare optimizer; the next step pulls a new alignment gradient."""
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self.base_optimizer.load_state_dict(state_dict)
+        self._pulled = None
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+            post_hook(self)
+
+    def train(self) -> None:
+        """Switch a schedule-free base optimizer to training weights; nothing for other bases."""
+        if hasattr(self.base_optimizer, "train"):
+            self.base_optimizer.train()
+
+    def eval(self) -> None:
+        """Switch a schedule-free base optimizer to evaluation weights; nothing for other bases."""
+        if hasattr(self.base_optimizer, "eval"):
+            self.base_optimizer.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As Optimizer does: no hooks, and not the `step` that an LR scheduler put on the instance.
+        own = {"base_optimizer", "alignment", "rho", "max_grad_norm", "refresh_every"}
+        own |= {"allow_unprotected", "_pushed", "_pushed_versions", "_pulled", "_pulled_age"}
+        own |= {"_stats", "_steps", "_unprotected", "_conflicts", "_negligible"}
+        return {name: value for name, value in self.__dict__.items() if name in own}
+
+    def __repr__(self) -> str:
+        base = repr(self.base_optimizer).replace("\n", "\n  ")
+        return (
+            f"{type(self).__name__} (rho={self.rho}, refresh_every={self.refresh_every}, "
+            f"max_grad_norm={self.max_grad_norm}, alignment={_name(self.alignment)}\n  {base}\n)"
+        )
+
+    def _trainable_parameters(self) -> list[Tensor]:
+        parameters = []
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameters.append(parameter)
+                elif parameter.grad is not None:
+                    raise UnprotectedStepError(
+                        f"A frozen parameter of shape {tuple(parameter.shape)} in group {index} has a "
+                        ".grad, which the base optimizer would apply unprotected. Set its .grad to None."
+                    )
+        return parameters
+
+    def _keys(
+        self, grads: Mapping[Any, Any], named_parameters: Iterable[tuple[str, Tensor]] | None
+    ) -> list[Any]:
+        """The key under which a mapping holds each trainable parameter's gradient."""
+        parameters = self._trainable_parameters()
+        if not any(isinstance(key, str) for key in grads):
+            return parameters
+        if named_parameters is None:
+            named_parameters = (
+                pair
+                for group in self.param_groups
+                for pair in zip(group.get("param_names", ()), group["params"], strict=False)
+            )
+        names = {parameter: name for name, parameter in named_parameters}
+        for index, parameter in enumerate(parameters):
+            if parameter not in names:
+                raise ValueError(
+                    f"Parameter {index} of shape {tuple(parameter.shape)} has no name. Pass "
+                    "named_parameters=model.named_parameters(), from the model being optimized."
+                )
+        return [names[parameter] for parameter in parameters]
+
+    def _is_state_probe(self, user_grads: AlignmentGrads) -> bool:
+        """Whether torch.distributed.checkpoint is taking a null step to make the optimizer's state."""
+        return (
+            not self.state
+            and all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
+            and all(grad is None or not bool(grad.any()) for grad in user_grads)
+        )
+
+    def _alignment_grads(self, parameters: list[Tensor]) -> list[Tensor | None] | None:
+        if self._pushed is not None:
+            return self._take_pushed(parameters)
+        if self.alignment is not None:
+            return self._pull(parameters, self.alignment)
+        if self.allow_unprotected:
+            return None
+        raise UnprotectedStepError(
+            f"No alignment gradient for step {self._steps + 1}: one given to set_alignment_grad() serves "
+            "exactly one step. Call it before each step, or construct SafeGradOptimizer with "
+            "alignment=KLAlignment(...). Pass allow_unprotected=True to take such steps unprotected."
+        )
+
+    def _take_pushed(self, parameters: list[Tensor]) -> list[Tensor | None]:
+        grads, versions = self._pushed, self._pushed_versions
+        assert grads is not None
+        self._pushed, self._pushed_versions = None, []
+        _check_alignment(parameters, grads)
+        for index, (grad, version) in enumerate(zip(grads, versions, strict=True)):
+            if grad is not None and grad._version != version:
+                raise UnprotectedStepError(
+                    f"Alignment gradient {index} was modified since it was set, so it no longer is the "
+                    "alignment gradient. Give set_alignment_grad() tensors of its own, as grad.clone()."
+                )
+        return grads
+
+    def _pull(
+        self, parameters: list[Tensor], alignment: Callable[[list[Tensor]], AlignmentGrads]
+    ) -> list[Tensor | None]:
+        grads = self._pulled
+        if grads is None:
+            before = [(parameter.grad, _version(parameter.grad)) for parameter in parameters]
+            with torch.enable_grad():
+                grads = list(alignment(parameters))
+            for index, (parameter, (grad, version)) in enumerate(
+                zip(parameters, before, strict=True)
+            ):
+                if parameter.grad is not grad or _version(grad) != version:
+                    raise UnprotectedStepError(
+                        f"Computing the alignment gradient changed the user gradient of parameter "
+                        f"{index}. {_name(alignment)} has to stash and restore .grad around backward()."
+                    )
+            _check_alignment(parameters, grads)
+            self._pulled_age = 0
+        self._pulled_age += 1
+        self._pulled = grads if self._pulled_age < self.refresh_every else None
+        return grads
+
+    def _checked_products(
+        self, user_grads: AlignmentGrads, alignment_grads: AlignmentGrads
+    ) -> GradientProducts:
+        products = inner_products(user_grads, alignment_grads)
+        # The only host read of a step: nothing may change before it is known to be protected.
+        inner, user_sq, alignment_sq = torch.stack(products[:3]).tolist()
+        for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
+            if not math.isfinite(sq_norm):
+                self._pulled = None
+                raise UnprotectedStepError(
+                    f"The {name} gradient is not finite (||g||^2 = {sq_norm}), so no conflict can be "
+                    "told. Look for an overflow in its loss; zero_grad() and go on with the next batch."
+                )
+        if not math.isfinite(inner):
+            self._pulled = None
+            raise UnprotectedStepError(
+                f"The inner product of user and alignment gradient overflows ({inner})."
+            )
+        return products
+
+    def _operate(
+        self,
+        parameters: list[Tensor],
+        user_grads: AlignmentGrads,
+        alignment_grads: AlignmentGrads,
+        products: GradientProducts,
+    ) -> None:
+        final, stats = combine_(user_grads, alignment_grads, self.rho, products)
+        for parameter, grad in zip(parameters, final, strict=True):
+            parameter.grad = grad
+        if self.max_grad_norm is not None:
+            total_norm = stats.final_norm.to(torch.float32)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total_norm)
+        self._stats = stats
+        self._conflicts = self._conflicts + stats.conflict.long()
+        self._negligible = self._negligible + stats.negligible.long()
+
+
+def _check_base(base: Optimizer) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base_optimizer is a {type(base).__name__}, expected a torch.optim.Optimizer instance."
+        )
+    if isinstance(base, SafeGradOptimizer):
+        raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(base).__name__} evaluates its closure several times inside one step, past the "
+            "surgery. Use an optimizer whose step() takes no closure, such as AdamW."
+        )
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(
+            f"{type(base).__name__} has differentiable=True, but surgery is not recorded by autograd. "
+            "Build it with differentiable=False."
+        )
+
+
+def _check_alignment(parameters: list[Tensor], grads: list[Tensor | None]) -> None:
+    check_gradients(parameters, grads)
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"All {len(grads)} alignment gradients are None: the alignment loss does not depend on any "
+            "parameter of this optimizer. Compute it with the model whose parameters are optimized."
+        )
+
+
+def _check_own_memory(user_grads: AlignmentGrads, alignment_grads: AlignmentGrads) -> None:
+    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
+        if user is None or alignment is None:
+            continue
+        strided = user.layout == alignment.layout == torch.strided
+        if user is alignment or (
+            strided and user.numel() > 0 and user.data_ptr() == alignment.data_ptr()
+        ):
+            raise UnprotectedStepError(
+                f"Alignment gradient {index} shares memory with .grad, so the two are one gradient. "
+                "Give tensors of its own, for example grad.clone()."
+            )
+
+
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version
+
+
+def _in_order(grads: Mapping[Any, Tensor | None], keys: list[Any]) -> list[Tensor | None]:
+    expected = set(keys)
+    missing = [_name(key) for key in keys if key not in grads]
+    unknown = [_name(key) for key in grads if key not in expected]
+    if missing or unknown:
+        raise ValueError(
+            f"Alignment gradients miss {len(missing)} parameters {missing[:3]} and have {len(unknown)} "
+            f"unknown ones {unknown[:3]}. Give one entry (a tensor or None) per trainable parameter."
+        )
+    return [grads[key] for key in keys]
+
+
+def _name(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,370 @@
+"""Gradient surgery on lists of tensors: the math of SafeGrad and nothing else.
+
+With u the user gradient, a the alignment gradient, each the concatenation of all entries of its list,
+Eq. 4 and 5 of the paper are one formula with one scalar:
+
+    g = u + c a,    c = rho + max(0, -<u, a>) / ||a||^2
+
+Nothing here reads a value back to the host, so the functions may be used inside a training step on
+any device. Sums are accumulated in fp32 or better and every gradient is rounded once.
+
+Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safegrad_optim.distributed import is_distributed_tensor
+
+__all__ = [
+    "GradientProducts",
+    "SurgeryStats",
+    "check_gradients",
+    "combine",
+    "combine_",
+    "inner_products",
+    "project_conflicting",
+]
+
+Gradients = Sequence[Tensor | None]
+
+# Elements handled at a time: on a CPU the pieces stay in cache between their two reads, elsewhere
+# pieces only bound the fp32 copy of a half-precision gradient (and keep `torch.dot` in int32).
+_CPU_PIECE = 1 << 18
+_DEVICE_PIECE = 1 << 26
+
+
+class GradientProducts(NamedTuple):
+    """The four sums that decide a step; each a 0-dim fp64 tensor (fp32 where fp64 is missing)."""
+
+    inner_product: Tensor
+    """<g_user, g_align> over all parameters that have both gradients."""
+    user_sq_norm: Tensor
+    """||g_user||^2."""
+    alignment_sq_norm: Tensor
+    """||g_align||^2 over all parameters."""
+    shared_alignment_sq_norm: Tensor
+    """||g_align||^2 over the parameters that also have a user gradient."""
+    eps: float
+    """Relative precision of the accumulation; an alignment gradient below it is noise."""
+
+
+class SurgeryStats(NamedTuple):
+    """What one step of surgery saw and did; each a 0-dim tensor on the gradients' device.
+
+    Reading a value (`float(stats.cosine)`, `stats.to_dict()`) is what waits for the device.
+    """
+
+    inner_product: Tensor
+    """<g_user, g_align> before surgery."""
+    cosine: Tensor
+    """Cosine of the two gradients before surgery; 0 where either is zero."""
+    user_norm: Tensor
+    """||g_user|| before surgery."""
+    alignment_norm: Tensor
+    """||g_align||."""
+    conflict: Tensor
+    """Whether <g_user, g_align> < 0 (Eq. 3) and so g_user was projected."""
+    negligible: Tensor
+    """Whether g_align was zero or below the rounding of g_user, so that the step was a plain one."""
+    residual_cosine: Tensor
+    """Cosine with g_align of the user part of the final, rounded gradient: what rounding left."""
+    final_norm: Tensor
+    """||g'_user + rho g_align||, before any clipping."""
+
+    def to_dict(self) -> dict[str, float]:
+        """Read all values to the host at once, as floats by field name."""
+        values = torch.stack([value.double().cpu() for value in self])
+        return dict(zip(self._fields, values.tolist(), strict=True))
+
+
+def check_gradients(user_grads: Gradients, alignment_grads: Gradients) -> None:
+    """Check that two gradient lists can be combined entry by entry.
+
+    Args:
+        user_grads: gradients of the user's loss, `None` where a parameter has none.
+        alignment_grads: gradients of the alignment loss in the same order.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices differ, or a dtype has no gradients.
+        NotImplementedError: an entry is a distributed tensor.
+    """
+    if len(user_grads) != len(alignment_grads):
+        raise ValueError(
+            f"{len(user_grads)} user-task gradients != {len(alignment_grads)} alignment gradients. "
+            "Build both from the same optimizer.param_groups."
+        )
+    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
+        for gradient in (user, alignment):
+            if gradient is None:
+                continue
+            if is_distributed_tensor(gradient):
+                raise NotImplementedError(
+                    f"Gradient {index} is a DTensor, whose inner products would be local to a rank. "
+                    "Sharded parameters are not supported yet; use unsharded ones."
+                )
+            if not (gradient.is_floating_point() or gradient.is_complex()):
+                raise ValueError(
+                    f"Gradient {index} has dtype {gradient.dtype}, expected a floating-point one."
+                )
+        if user is None or alignment is None:
+            continue
+        for what, found, other in (
+            ("shape", tuple(user.shape), tuple(alignment.shape)),
+            ("dtype", user.dtype, alignment.dtype),
+            ("device", user.device, alignment.device),
+        ):
+            if found != other:
+                raise ValueError(
+                    f"Gradient {index}: user-task {what} {found} != alignment {what} {other}. "
+                    "Build both from the same optimizer.param_groups."
+                )
+
+
+@torch.no_grad()
+def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> GradientProducts:
+    """Compute the inner product and squared norms of two gradients.
+
+    <u, a> = sum_i sum(u_i * a_i), likewise <u, u> and <a, a>, one sum over all tensors together.
+
+    Args:
+        user_grads: gradients of the user's loss, `None` where a parameter has none.
+        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
+
+    Returns:
+        The sums as 0-dim tensors on the device of the first gradient.
+
+    Raises:
+        ValueError: the lists cannot be combined, see `check_gradients`.
+    """
+    check_gradients(user_grads, alignment_grads)
+    cross: list[Tensor] = []
+    user_sq: list[Tensor] = []
+    shared_sq: list[Tensor] = []
+    other_sq: list[Tensor] = []
+    for user, alignment in zip(user_grads, alignment_grads, strict=True):
+        if user is not None and alignment is not None:
+            for u, a in _pieces(user, alignment):
+                u, a = _widen(u), _widen(a)
+                cross.append(_dot(u, a))
+                user_sq.append(_dot(u, u))
+                shared_sq.append(_dot(a, a))
+        elif user is not None:
+            user_sq.extend(_dot(_widen(u), _widen(u)) for (u,) in _pieces(user))
+        elif alignment is not None:
+            other_sq.extend(_dot(_widen(a), _widen(a)) for (a,) in _pieces(alignment))
+    device = _device(user_grads, alignment_grads)
+    shared = _total(shared_sq, device)
+    return GradientProducts(
+        inner_product=_total(cross, device),
+        user_sq_norm=_total(user_sq, device),
+        alignment_sq_norm=shared + _total(other_sq, device),
+        shared_alignment_sq_norm=shared,
+        eps=_eps(user_grads, alignment_grads),
+    )
+
+
+def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> list[Tensor | None]:
+    """Remove from the user gradient its component against the alignment gradient.
+
+    g'_user = g_user - (min(0, <g_user, g_align>) / ||g_align||^2) g_align    (Eq. 3 and 4)
+
+    The sums run over the parameters that have both gradients; where either is `None`, the entry of
+    `user_grads` is returned as it is, because the user's step does not move what it has no gradient for.
+
+    Args:
+        user_grads: gradients of the user's loss, `None` where a parameter has none.
+        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
+
+    Returns:
+        New tensors with the dtypes of `user_grads`; `None` where the user gradient is `None`.
+
+    Raises:
+        ValueError: the lists cannot be combined, see `check_gradients`.
+    """
+    projected, _ = combine(user_grads, alignment_grads, rho=0.0)
+    return [
+        None if user is None else gradient
+        for user, gradient in zip(user_grads, projected, strict=True)
+    ]
+
+
+def combine(
+    user_grads: Gradients, alignment_grads: Gradients, rho: float = 1.0
+) -> tuple[list[Tensor | None], SurgeryStats]:
+    """Project the user gradient and add the alignment gradient, leaving both lists as they are.
+
+    g = g'_user + rho g_align    (Eq. 5, g'_user as in `project_conflicting`)
+
+    Args:
+        user_grads: gradients of the user's loss, `None` where a parameter has none.
+        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
+        rho: weight of the alignment gradient, >= 0.
+
+    Returns:
+        New tensors (`rho g_align` where there is no user gradient, `None` where there is neither)
+        and the statistics of the step.
+
+    Raises:
+        ValueError: `rho` is negative or not finite, or the lists cannot be combined.
+    """
+    copies = [None if user is None else user.clone() for user in user_grads]
+    return combine_(copies, alignment_grads, rho)
+
+
+@torch.no_grad()
+def combine_(
+    user_grads: Gradients,
+    alignment_grads: Gradients,
+    rho: float = 1.0,
+    products: GradientProducts | None = None,
+) -> tuple[list[Tensor | None], SurgeryStats]:
+    """In-place twin of `combine`: the tensors of `user_grads` become the final gradient.
+
+    Extra memory is one piece of a gradient, not a copy of it; `alignment_grads` is only read.
+
+    Args:
+        user_grads: gradients of the user's loss, overwritten; `None` where a parameter has none.
+        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
+        rho: weight of the alignment gradient, >= 0.
+        products: `inner_products` of the same lists, when the caller has them already.
+
+    Returns:
+        The tensors of `user_grads`, with a new tensor `rho g_align` where there was no user gradient,
+        and the statistics of the step.
+
+    Raises:
+        ValueError: `rho` is negative or not finite, or the lists cannot be combined.
+    """
+    if not 0.0 <= rho < float("inf"):
+        raise ValueError(f"rho is {rho}, expected a finite number >= 0 (the paper uses 1).")
+    if products is None:
+        products = inner_products(user_grads, alignment_grads)
+    conflict, negligible, coefficient = _decide(products, rho)
+
+    final: list[Tensor | None] = []
+    cross: list[Tensor] = []
+    final_sq: list[Tensor] = []
+    for user, alignment in zip(user_grads, alignment_grads, strict=True):
+        if user is None:
+            final.append(None if alignment is None else alignment * rho)
+            continue
+        final.append(user)
+        if alignment is None:
+            final_sq.extend(_dot(_widen(u), _widen(u)) for (u,) in _pieces(user))
+            continue
+        c = coefficient.to(user.device, _widened_dtype(user.dtype))
+        if user.is_sparse:
+            user.add_(alignment * c.to(user.dtype))
+        for u, a in _pieces(user, alignment):
+            if not user.is_sparse:
+                _add_scaled_(u, a, c)
+            u, a = _widen(u), _widen(a)
+            cross.append(_dot(u, a))
+            final_sq.append(_dot(u, u))
+
+    device = products.inner_product.device
+    other_sq = products.alignment_sq_norm - products.shared_alignment_sq_norm
+    shared_sq_norm = _total(final_sq, device)
+    residual_product = _total(cross, device) - rho * products.shared_alignment_sq_norm
+    # ||g'_user||^2 with g'_user = g - rho a over the parameters that have a user gradient.
+    residual_sq_norm = (
+        shared_sq_norm
+        - 2 * rho * _total(cross, device)
+        + rho**2 * products.shared_alignment_sq_norm
+    ).clamp(min=0)
+    user_norm, alignment_norm = products.user_sq_norm.sqrt(), products.alignment_sq_norm.sqrt()
+    stats = SurgeryStats(
+        inner_product=products.inner_product,
+        cosine=_cosine(products.inner_product, user_norm, alignment_norm),
+        user_norm=user_norm,
+        alignment_norm=alignment_norm,
+        conflict=conflict,
+        negligible=negligible,
+        residual_cosine=_cosine(residual_product, residual_sq_norm.sqrt(), alignment_norm),
+        final_norm=(shared_sq_norm + rho**2 * other_sq).sqrt(),
+    )
+    return final, stats
+
+
+def _decide(products: GradientProducts, rho: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the gradients conflict, whether g_align is noise, and c of g = g_user + c g_align."""
+    inner, shared_sq = products.inner_product, products.shared_alignment_sq_norm
+    # Relative to the user gradient, so that the decision does not depend on the scale of either loss.
+    # Not-greater instead of smaller: with two zero gradients the alignment gradient is negligible too.
+    negligible = ~(products.alignment_sq_norm > products.eps**2 * products.user_sq_norm)
+    conflict = (inner < 0) & ~negligible
+    divisor = torch.where(conflict, shared_sq, torch.ones_like(shared_sq))
+    removal = torch.where(conflict, -inner / divisor, torch.zeros_like(inner))
+    return conflict, negligible, rho + removal
+
+
+def _add_scaled_(user: Tensor, alignment: Tensor, coefficient: Tensor) -> None:
+    if user.dtype == coefficient.dtype:
+        user.addcmul_(alignment, coefficient)
+    else:
+        user.copy_(_widen(user).addcmul_(_widen(alignment), coefficient))
+
+
+def _pieces(*gradients: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same elements of each gradient, 1-D and of bounded size where strides allow it."""
+    first = gradients[0]
+    if first.is_sparse:
+        yield from zip(*(_aligned_values(gradients)), strict=True)
+        return
+    if first.is_complex():
+        gradients = tuple(torch.view_as_real(gradient.resolve_conj()) for gradient in gradients)
+    if not all(gradient.is_contiguous() for gradient in gradients):
+        yield gradients
+        return
+    size = _CPU_PIECE if first.device.type == "cpu" else _DEVICE_PIECE
+    yield from zip(*(gradient.view(-1).split(size) for gradient in gradients), strict=True)
+
+
+def _aligned_values(gradients: tuple[Tensor, ...]) -> list[list[Tensor]]:
+    """Values of sparse COO gradients on the union of their indices, zeros where one has none."""
+    union = sum((gradient.detach() * 0 for gradient in gradients[1:]), gradients[0].detach() * 0)
+    return [[(gradient + union).coalesce().values()] for gradient in gradients]
+
+
+def _widened_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype.to_real(), torch.float32)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.to(_widened_dtype(tensor.dtype))
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.dot(left.reshape(-1), right.reshape(-1))
+
+
+def _total(sums: list[Tensor], device: torch.device) -> Tensor:
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    if not sums:
+        return torch.zeros((), dtype=wide, device=device)
+    return torch.stack([value.to(device, wide) for value in sums]).sum()
+
+
+def _cosine(inner_product: Tensor, norm: Tensor, other_norm: Tensor) -> Tensor:
+    product = norm * other_norm
+    zero = product == 0
+    return torch.where(zero, torch.zeros_like(product), inner_product / (product + zero)).clamp(
+        -1, 1
+    )
+
+
+def _device(*lists: Gradients) -> torch.device:
+    for gradients in lists:
+        for gradient in gradients:
+            if gradient is not None:
+                return gradient.device
+    return torch.device("cpu")
+
+
+def _eps(*lists: Gradients) -> float:
+    present = [g.dtype for gradients in lists for g in gradients if g is not None]
+    return max((torch.finfo(_widened_dtype(dtype)).eps for dtype in present), default=0.0)

@@ -1,0 +1,145 @@
+"""The reference, computed once: kept in memory or in a safetensors file that knows what it is of."""
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from safegrad_optim.safety_batches import Batch
+
+__all__ = ["Fingerprint", "ReferenceCache", "fingerprint"]
+
+Kind = Literal["hidden", "logits"]
+_FORMAT = "safegrad_optim reference 1"
+
+
+class Fingerprint(NamedTuple):
+    """Digests of everything that makes a cached reference what it is."""
+
+    batches: str
+    """Contents of the safety batches and which positions are compared."""
+    precision: str
+    """Kind of the cache and dtype of autocast."""
+    architecture: str
+    """Names, shapes and dtypes of the reference's parameters."""
+    weights: str
+    """Values of the reference's parameters."""
+
+
+def fingerprint(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    batches: list[Batch],
+    *,
+    positions: str,
+    kind: Kind,
+    autocast_dtype: torch.dtype | None,
+) -> Fingerprint:
+    """Compute the fingerprint of the reference that these parameters give on these batches.
+
+    Args:
+        named_parameters: the reference's parameters, of any device.
+        batches: the safety batches in order.
+        positions: which tokens are compared.
+        kind: what is cached for each of them.
+        autocast_dtype: dtype of autocast, `None` for none.
+    """
+    architecture, weights, contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    for name, tensor in named_parameters:
+        architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        weights.update(_bytes(tensor))
+    contents.update(positions.encode())
+    for batch in batches:
+        for name in sorted(batch):
+            contents.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}\n".encode())
+            contents.update(_bytes(batch[name]))
+    return Fingerprint(
+        batches=contents.hexdigest(),
+        precision=f"{kind}, autocast {autocast_dtype}",
+        architecture=architecture.hexdigest(),
+        weights=weights.hexdigest(),
+    )
+
+
+class ReferenceCache:
+    """What the reference gives at the compared positions of each safety batch, on the CPU.
+
+    "hidden" keeps the final hidden states, (tokens, hidden size): exact as long as the output head is
+    frozen, since the head then maps them to the same logits. "logits" keeps the logits themselves,
+    (tokens, vocabulary), in the dtype the model gave them.
+
+    Args:
+        entries: one tensor a safety batch, rows in the order of its compared positions.
+        kind: which of the two they are.
+    """
+
+    def __init__(self, entries: list[Tensor], kind: Kind) -> None:
+        self.entries = entries
+        self.kind = kind
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    def save(self, path: Path, identity: Fingerprint) -> None:
+        """Write the cache and its fingerprint to a safetensors file, complete or not at all."""
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        tensors = {f"{index:06d}": entry.contiguous() for index, entry in enumerate(self.entries)}
+        metadata = {"format": _FORMAT, "kind": self.kind, **identity._asdict()}
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path, identity: Fingerprint, *, check_weights: bool) -> "ReferenceCache":
+        """Read a cache and check that it is the reference it is meant to be.
+
+        Args:
+            path: the safetensors file.
+            identity: the fingerprint it has to have.
+            check_weights: whether the weights have to match as well; they cannot where the model
+                that gave the reference has been trained on.
+
+        Raises:
+            ValueError: the file is of other batches, precision, architecture or weights.
+        """
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{path} is no cached reference (format {metadata.get('format')!r}, expected "
+                    f"{_FORMAT!r}). Give another cache_file, or delete it to compute it anew."
+                )
+            for field, expected in identity._asdict().items():
+                if field == "weights" and not check_weights:
+                    continue
+                if metadata.get(field) != expected:
+                    raise ValueError(
+                        f"{path} is the reference of other {field}: found {_short(metadata[field])}, "
+                        f"expected {_short(expected)}. Restore the original {field}; or, before any "
+                        "fine-tuning, give another cache_file to compute the reference anew."
+                    )
+            kind: Kind = "hidden" if metadata["kind"] == "hidden" else "logits"
+            return cls([file.get_tensor(key) for key in sorted(file.keys())], kind)
+
+
+def _short(value: str) -> str:
+    return value if len(value) < 40 else value[:12]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.detach().cpu().contiguous()
+    # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

@@ -1,0 +1,156 @@
+"""Safety batches: from whatever the user has to a checked list, and the order they are taken in."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORE_INDEX", "BatchOrder", "Positions", "as_batches", "position_mask"]
+
+IGNORE_INDEX = -100
+Positions = Literal["response", "all"]
+
+Batch = dict[str, Tensor]
+_PADDING = {"labels": IGNORE_INDEX}
+
+
+def as_batches(
+    safety_batches: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    *,
+    positions: Positions,
+    batch_size: int,
+) -> list[Batch]:
+    """Return safety batches as a list of right-padded model inputs, each checked.
+
+    Args:
+        safety_batches: batches of 2-D `input_ids` and `labels` (a list, a DataLoader, or one batch),
+            or single 1-D rows (a list or a Dataset), which are grouped by `batch_size` in their order.
+        positions: which tokens the alignment loss compares.
+        batch_size: rows to a batch, for single rows only.
+
+    Raises:
+        ValueError: there is no batch, or one lacks `labels`, has odd shapes, or no response token.
+        TypeError: an entry is no mapping of tensors.
+    """
+    items = [safety_batches] if isinstance(safety_batches, Mapping) else list(safety_batches)
+    if not items:
+        raise ValueError("The safety batches are empty. Give at least one batch with a response.")
+    tensors = [_tensors(item, index) for index, item in enumerate(items)]
+    if all(item["labels"].dim() == 1 for item in tensors):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
+        starts = range(0, len(tensors), batch_size)
+        tensors = [_pad_together(tensors[start : start + batch_size]) for start in starts]
+    for index, batch in enumerate(tensors):
+        _check(batch, index, positions)
+    return tensors
+
+
+def position_mask(batch: Batch, positions: Positions) -> Tensor:
+    """Return the positions whose logits predict a compared token, (rows, length) bool.
+
+    Logits at position t predict token t + 1: "response" selects t where `labels[t + 1]` is not -100,
+    "all" where token t + 1 is not padding.
+    """
+    labels = batch["labels"]
+    if positions == "response":
+        compared = labels != IGNORE_INDEX
+    else:
+        compared = batch.get("attention_mask", torch.ones_like(labels)).bool()
+    mask = torch.zeros_like(compared)
+    mask[:, :-1] = compared[:, 1:]
+    return mask
+
+
+class BatchOrder:
+    """Endless order over `count` batches: each epoch a new permutation, a function of the seed alone.
+
+    Args:
+        count: number of batches.
+        seed: seed of the permutations.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self.taken = 0
+
+    def peek(self) -> int:
+        """Return the index of the next batch without taking it."""
+        epoch, position = divmod(self.taken, self.count)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return int(torch.randperm(self.count, generator=generator)[position])
+
+    def advance(self) -> None:
+        """Take the next batch."""
+        self.taken += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what `load_state_dict` needs to go on with the same next batch."""
+        return {"count": self.count, "seed": self.seed, "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was saved.
+
+        Raises:
+            ValueError: the state is of another number of batches or another seed.
+        """
+        for key, own in (("count", self.count), ("seed", self.seed)):
+            if state[key] != own:
+                raise ValueError(
+                    f"The saved order of safety batches has {key} {state[key]}, this one {own}. Build "
+                    "it from the same safety batches and seed as the run that saved it."
+                )
+        self.taken = state["taken"]
+
+
+def _tensors(item: Any, index: int) -> Batch:
+    if not isinstance(item, Mapping):
+        raise TypeError(
+            f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs with "
+            "'labels', as a tokenizer and collator make."
+        )
+    for name in ("input_ids", "labels"):
+        if name not in item:
+            raise ValueError(
+                f"Safety batch {index} has {sorted(item)} but no '{name}'. Give model inputs with "
+                f"labels that are {IGNORE_INDEX} outside the response."
+            )
+    batch = {}
+    for name, value in item.items():
+        try:
+            batch[name] = torch.as_tensor(value).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"Safety batch {index}: '{name}' is a {type(value).__name__} that makes no tensor "
+                f"({error}). Remove it, or collate to tensors first."
+            ) from error
+    return batch
+
+
+def _pad_together(rows: list[Batch]) -> Batch:
+    rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError(f"Safety rows have different fields: {[sorted(row) for row in rows]}.")
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(
+            [row[name] for row in rows], batch_first=True, padding_value=_PADDING.get(name, 0)
+        )
+        for name in rows[0]
+    }
+
+
+def _check(batch: Batch, index: int, positions: Positions) -> None:
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    if input_ids.dim() != 2 or input_ids.shape != labels.shape:
+        raise ValueError(
+            f"Safety batch {index}: input_ids {tuple(input_ids.shape)} and labels "
+            f"{tuple(labels.shape)} have to be of one shape (rows, length)."
+        )
+    if not position_mask(batch, positions).any():
+        raise ValueError(
+            f"Safety batch {index} has no response token: all labels after the first are "
+            f"{IGNORE_INDEX}. Label the response tokens with their ids; check that truncation has "
+            "not cut the responses away."
+        )

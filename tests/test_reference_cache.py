@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from safegrad_optim import KLAlignment
+from tests.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
+
+
+@pytest.fixture
+def cache_file(tmp_path):
+    return tmp_path / "deep" / "reference.safetensors"
+
+
+@pytest.mark.parametrize("make", [tiny_peft, tiny_model])
+def test_a_resumed_run_reads_the_reference_of_the_original(make, cache_file):
+    rows = safety_rows()
+    original = make()
+    uninterrupted = KLAlignment(original, rows, cache_file=cache_file, batch_size=2)
+    perturb(original)
+    resumed_model = copy.deepcopy(original)
+    resumed = KLAlignment(resumed_model, rows, cache_file=cache_file, batch_size=2, resumed=True)
+    for _ in range(3):
+        found, expected = resumed(trainable(resumed_model)), uninterrupted(trainable(original))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert any(gradient.any() for gradient in found)
+
+
+def test_a_second_run_reads_instead_of_computing(cache_file):
+    first = KLAlignment(tiny_model(), safety_rows(), cache_file=cache_file)
+    written = cache_file.stat().st_mtime_ns
+    second = KLAlignment(tiny_model(), safety_rows(), cache_file=cache_file)
+    assert cache_file.stat().st_mtime_ns == written
+    assert second.cache.kind == first.cache.kind
+    assert all(torch.equal(*pair) for pair in zip(second.cache.entries, first.cache.entries, strict=True))
+    assert list(cache_file.parent.iterdir()) == [cache_file]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_resumed_full_fine_tuning_without_its_reference_raises(given, cache_file):
+    with pytest.raises(ValueError, match=r"resumed=True.*cache file is (missing: .*safetensors|not given)"):
+        KLAlignment(tiny_model(), safety_rows(), resumed=True, cache_file=cache_file if given else None)
+    assert not cache_file.exists()
+
+
+def test_a_drifted_model_is_not_taken_for_the_reference(cache_file):
+    model = tiny_model()
+    KLAlignment(model, safety_rows(), cache_file=cache_file)
+    perturb(model)
+    with pytest.raises(ValueError, match="reference of other weights"):
+        KLAlignment(model, safety_rows(), cache_file=cache_file)
+
+
+def test_another_base_model_is_not_taken_for_the_reference_even_when_resumed(cache_file):
+    KLAlignment(tiny_peft(seed=0), safety_rows(), cache_file=cache_file)
+    with pytest.raises(ValueError, match="reference of other weights"):
+        KLAlignment(tiny_peft(seed=1), safety_rows(), cache_file=cache_file, resumed=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"rows": safety_rows(seed=1)}, "batches"),
+        ({"batch_size": 2}, "batches"),
+        ({"positions": "all"}, "batches"),
+        ({"autocast_dtype": torch.bfloat16}, "precision"),
+        ({"model": tiny_model(num_hidden_layers=1)}, "architecture"),
+        ({"model": tiny_model(dtype=torch.float32)}, "architecture"),
+    ],
+)
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_file_of_something_else_is_refused(change, what, resumed, cache_file):
+    def build(rows=None, model=None, **options):
+        return KLAlignment(model or tiny_model(), rows or safety_rows(), cache_file=cache_file, **options)
+
+    build()
+    with pytest.raises(ValueError, match=rf"reference of other {what}.*(Restore|cache_file)"):
+        build(resumed=resumed, **change)
+
+
+def test_a_foreign_file_is_refused_and_kept(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, path)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="no cached reference"):
+        KLAlignment(tiny_model(), safety_rows(), cache_file=path)
+    assert path.read_bytes() == content
+
+
+def test_cache_file_without_cache_is_refused(cache_file):
+    with pytest.raises(ValueError, match="cache=False"):
+        KLAlignment(tiny_peft(), safety_rows(), cache=False, cache_file=cache_file)
+
+
+def test_bytes_held():
+    model, rows = tiny_peft(torch.float32), safety_rows()
+    tokens = sum(label != -100 for row in rows for label in row["labels"])
+    assert KLAlignment(model, rows).cache.nbytes == tokens * 16 * 4
