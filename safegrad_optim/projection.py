@@ -145,8 +145,13 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
     user_sq: list[Tensor] = []
     shared_sq: list[Tensor] = []
     other_sq: list[Tensor] = []
-    for user, alignment in zip(user_grads, alignment_grads, strict=True):
+    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
         if user is not None and alignment is not None:
+            if user.layout != alignment.layout:
+                raise ValueError(
+                    f"Gradient {index}: user-task layout {user.layout} != alignment layout "
+                    f"{alignment.layout}. Build both with the same model."
+                )
             for u, a in _pieces(user, alignment):
                 u, a = _widen(u), _widen(a)
                 cross.append(_dot(u, a))
