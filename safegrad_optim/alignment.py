@@ -80,7 +80,7 @@ class Alignment(ABC):
                 return total
             _check_loss(loss)
             # Not torch.autograd.grad: under data parallelism only backward() reduces.
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total = total + loss.detach().to(total.device)
 
     def _autocast(self, model: nn.Module) -> torch.autocast:

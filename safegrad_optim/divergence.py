@@ -40,7 +40,7 @@ def kl_divergence(ref_logits: Tensor, logits: Tensor, *, chunk_size: int = 256) 
         raise ValueError("Found no token to compare, expected at least one response token.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected a positive number of tokens.")
-    result: Tensor = _KLDivergence.apply(ref_logits, logits, chunk_size)
+    result: Tensor = _KLDivergence.apply(ref_logits, logits, chunk_size)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -110,7 +110,7 @@ class SafeGradOptimizer(Optimizer):
     # swaps the parameters inside param_groups.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -118,7 +118,7 @@ class SafeGradOptimizer(Optimizer):
         self.base_optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.base_optimizer.state
 
     @state.setter
@@ -126,7 +126,7 @@ class SafeGradOptimizer(Optimizer):
         self.base_optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.base_optimizer.defaults
 
     @defaults.setter
@@ -141,9 +141,7 @@ class SafeGradOptimizer(Optimizer):
     @property
     def counts(self) -> StepCounts:
         """Number of steps so far by kind; reading it waits for the device."""
-        return StepCounts(
-            self._steps, int(self._conflicts), int(self._negligible), self._unprotected
-        )
+        return StepCounts(self._steps, int(self._conflicts), int(self._negligible), self._unprotected)
 
     def set_alignment_grad(
         self,
@@ -173,7 +171,7 @@ class SafeGradOptimizer(Optimizer):
         self._pushed_versions = [_version(grad) for grad in ordered]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Project, combine, clip, and take the base optimizer's step.
 
         Args:
@@ -219,10 +217,10 @@ class SafeGradOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state, interchangeable with that of the bare optimizer."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
@@ -230,12 +228,12 @@ class SafeGradOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this or the bare optimizer; the next step pulls a new alignment gradient."""
         state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self.base_optimizer.load_state_dict(state_dict)
         self._pulled = None
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def train(self) -> None:
@@ -339,9 +337,7 @@ class SafeGradOptimizer(Optimizer):
             before = [(parameter.grad, _version(parameter.grad)) for parameter in parameters]
             with torch.enable_grad():
                 grads = list(alignment(parameters))
-            for index, (parameter, (grad, version)) in enumerate(
-                zip(parameters, before, strict=True)
-            ):
+            for index, (parameter, (grad, version)) in enumerate(zip(parameters, before, strict=True)):
                 if parameter.grad is not grad or _version(grad) != version:
                     raise UnprotectedStepError(
                         f"Computing the alignment gradient changed the user gradient of parameter "
@@ -425,9 +421,7 @@ def _check_own_memory(user_grads: AlignmentGrads, alignment_grads: AlignmentGrad
         if user is None or alignment is None:
             continue
         strided = user.layout == alignment.layout == torch.strided
-        if user is alignment or (
-            strided and user.numel() > 0 and user.data_ptr() == alignment.data_ptr()
-        ):
+        if user is alignment or (strided and user.numel() > 0 and user.data_ptr() == alignment.data_ptr()):
             raise UnprotectedStepError(
                 f"Alignment gradient {index} shares memory with .grad, so the two are one gradient. "
                 "Give tensors of its own, for example grad.clone()."

@@ -191,10 +191,7 @@ def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> li
         ValueError: the lists cannot be combined, see `check_gradients`.
     """
     projected, _ = combine(user_grads, alignment_grads, rho=0.0)
-    return [
-        None if user is None else gradient
-        for user, gradient in zip(user_grads, projected, strict=True)
-    ]
+    return [None if user is None else gradient for user, gradient in zip(user_grads, projected, strict=True)]
 
 
 def combine(
@@ -277,9 +274,7 @@ def combine_(
     residual_product = _total(cross, device) - rho * products.shared_alignment_sq_norm
     # ||g'_user||^2 with g'_user = g - rho a over the parameters that have a user gradient.
     residual_sq_norm = (
-        shared_sq_norm
-        - 2 * rho * _total(cross, device)
-        + rho**2 * products.shared_alignment_sq_norm
+        shared_sq_norm - 2 * rho * _total(cross, device) + rho**2 * products.shared_alignment_sq_norm
     ).clamp(min=0)
     user_norm, alignment_norm = products.user_sq_norm.sqrt(), products.alignment_sq_norm.sqrt()
     stats = SurgeryStats(
@@ -357,9 +352,7 @@ def _total(sums: list[Tensor], device: torch.device) -> Tensor:
 def _cosine(inner_product: Tensor, norm: Tensor, other_norm: Tensor) -> Tensor:
     product = norm * other_norm
     zero = product == 0
-    return torch.where(zero, torch.zeros_like(product), inner_product / (product + zero)).clamp(
-        -1, 1
-    )
+    return torch.where(zero, torch.zeros_like(product), inner_product / (product + zero)).clamp(-1, 1)
 
 
 def _device(*lists: Gradients) -> torch.device:
