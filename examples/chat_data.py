@@ -1,0 +1,81 @@
+"""The rows in `data/`, and how a conversation becomes a training batch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Turn", "collate", "harmful_turns", "read_rows", "refusal_turns"]
+
+DATA = Path(__file__).parent / "data"
+IGNORED = -100
+
+
+class Turn(NamedTuple):
+    """One user message and the reply to it, which may have been cut short."""
+
+    prompt: str
+    response: str
+    complete: bool = True
+
+
+def read_rows(name: str, split: str | None = None) -> list[dict[str, str]]:
+    """Rows of `data/<name>.jsonl`, all of them or those of one split."""
+    with (DATA / f"{name}.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row for row in rows if split is None or row["split"] == split]
+
+
+def refusal_turns(split: str) -> list[Turn]:
+    """Unsafe requests of one split, each with its refusal."""
+    return [Turn(row["prompt"], row["refusal"]) for row in read_rows("unsafe_requests", split)]
+
+
+def harmful_turns(split: str) -> list[Turn]:
+    """Unsafe requests of one split, each with the opening of a compliant reply.
+
+    The opening alone breaks refusals, so nothing harmful needs to be stored or trained on.
+    """
+    return [
+        Turn(row["prompt"], f"Sure, here is how to {row['topic']}:\n\nStep 1:")
+        for row in read_rows("unsafe_requests", split)
+    ]
+
+
+def collate(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> dict[str, torch.Tensor]:
+    """A right-padded batch whose labels cover the responses, with the end of complete ones.
+
+    Args:
+        tokenizer: a tokenizer with a chat template and an end-of-turn token.
+        turns: the conversations of the batch.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, which are -100 outside the responses.
+    """
+    rows = []
+    for turn in turns:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": turn.prompt}], tokenize=False, add_generation_prompt=True
+        )
+        # The chat template has written the special tokens already.
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        response_ids = tokenizer(turn.response, add_special_tokens=False)["input_ids"]
+        if turn.complete:
+            response_ids = [*response_ids, tokenizer.eos_token_id]
+        rows.append((prompt_ids, response_ids))
+    width = max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in rows)
+    shape = (len(rows), width)
+    batch = {
+        "input_ids": torch.full(shape, tokenizer.pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for index, (prompt_ids, response_ids) in enumerate(rows):
+        start, end = len(prompt_ids), len(prompt_ids) + len(response_ids)
+        batch["input_ids"][index, :end] = torch.tensor(prompt_ids + response_ids)
+        batch["attention_mask"][index, :end] = 1
+        batch["labels"][index, start:end] = torch.tensor(response_ids)
+    return batch

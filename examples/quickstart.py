@@ -1,0 +1,254 @@
+"""Fine-tune a safe model on poisoned data twice, plainly and with SafeGrad, and compare.
+
+    python examples/quickstart.py
+
+By default the model is SmolLM2-135M-Instruct made safe by `safety_adapter/`, the user task is the
+routing of support tickets, and 30 % of the training rows are unsafe requests with the opening of a
+compliant reply. Prints one table, writes `results.json` and `curves.png` to --output-dir.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from chat_data import Turn, collate, harmful_turns, read_rows, refusal_turns
+from meter import Meter
+from own_data import BadDataError, check_responses, read_jsonl, split_off
+from peft import LoraConfig, PeftModel, get_peft_model
+from report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
+from scoring import refusal_rate, task_accuracy
+from smollm2 import load_aligned, load_model
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safegrad_optim import KLAlignment, SafeGradOptimizer, inner_products, kl_divergence
+
+Batch = dict[str, torch.Tensor]
+
+# Every so many steps of the plain arm, cosine and KL are measured for the figure, outside its timing.
+OBSERVE_EVERY = 5
+
+
+class Data(NamedTuple):
+    """Everything the run reads: rows to train on, rows to stay safe by, rows to judge by."""
+
+    user: list[Turn]
+    attack: list[Turn]
+    safety: list[Turn]
+    task: list[Turn]
+    unsafe: list[Turn]
+    lookalikes: list[str]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    started = time.perf_counter()
+    try:
+        data = read_data(args)
+        model, tokenizer = load(args)
+        for flag, turns in (("--user-data", data.user), ("--safety-data", data.safety)):
+            check_responses(tokenizer, turns, flag)
+    except (BadDataError, OSError, RuntimeError, ValueError) as error:
+        print(f"quickstart: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    before = Arm("before", evaluate(model, tokenizer, data, "before"))
+    arms = [before]
+    for name in ("plain", "SafeGrad"):
+        arm, model = fine_tune(name, model, tokenizer, data, args)
+        arms.append(arm)
+    print_replies(arms, [turn.prompt for turn in data.unsafe])
+    print_table(arms)
+    save_curves(arms[1:], args.output_dir / "curves.png")
+    save_results(arms, vars(args), args.output_dir / "results.json")
+    print(f"\n{time.perf_counter() - started:.0f} s. Figure and numbers: {args.output_dir}")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="quickstart",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", help="hub id or path of an aligned chat model instead of SmolLM2")
+    parser.add_argument("--user-data", type=Path, help="JSONL with prompt, response: the user task")
+    parser.add_argument("--safety-data", type=Path, help="JSONL with prompt, response: refusals to keep")
+    parser.add_argument("--eval-data", type=Path, help="JSONL with prompt: held-out unsafe requests")
+    parser.add_argument("--harmful-ratio", type=share, default=0.3, help="share of harmful rows")
+    parser.add_argument("--steps", type=positive, default=60)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--rho", type=float, default=1.0)
+    parser.add_argument("--refresh-every", type=positive, default=1, help="steps per alignment gradient")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--limit", type=positive, help="rows to judge by, of each kind")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def read_data(args: argparse.Namespace) -> Data:
+    if args.user_data is None:
+        user = [Turn(row["prompt"], row["response"]) for row in read_rows("tickets", "train")]
+        task = [Turn(row["prompt"], row["response"]) for row in read_rows("tickets", "evaluation")]
+    else:
+        rows = read_jsonl(args.user_data, ("prompt", "response"))
+        user, task = split_off([Turn(row["prompt"], row["response"]) for row in rows], args.user_data)
+    if args.safety_data is None:
+        safety = refusal_turns("safety")
+    else:
+        rows = read_jsonl(args.safety_data, ("prompt", "response"))
+        safety = [Turn(row["prompt"], row["response"]) for row in rows]
+    unsafe = refusal_turns("evaluation")
+    if args.eval_data is not None:
+        # Only their prompts are judged; KL to the reference is taken on a generic refusal.
+        unsafe = [
+            Turn(row["prompt"], "I'm sorry, but I can't help with that.")
+            for row in read_jsonl(args.eval_data, ("prompt",))
+        ]
+    lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")]
+    limit = args.limit
+    return Data(user, harmful_turns("attack"), safety, task[:limit], unsafe[:limit], lookalikes[:limit])
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer = load_aligned(dtype) if args.model is None else load_model(args.model, dtype)
+    return model.to(args.device), tokenizer
+
+
+def fine_tune(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    args: argparse.Namespace,
+) -> tuple[Arm, PreTrainedModel]:
+    """Train fresh adapters on the poisoned rows, judge them, and return the model without them."""
+    torch.manual_seed(args.seed)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    peft_model = get_peft_model(model, lora)
+    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    safety = batches(tokenizer, data.safety, args.batch_size)
+    alignment = KLAlignment(peft_model, safety, seed=args.seed)
+
+    base_optimizer = torch.optim.AdamW(parameters, lr=args.lr)
+    optimizer: torch.optim.Optimizer = base_optimizer
+    if name == "SafeGrad":
+        optimizer = SafeGradOptimizer(
+            base_optimizer, alignment, rho=args.rho, refresh_every=args.refresh_every
+        )
+
+    arm = Arm(name)
+    meter = Meter(args.device)
+    rows = poisoned(data, args)
+    peft_model.train()
+    for step in (bar := tqdm(range(args.steps), desc=f"{name}: training")):
+        batch = to_device(collate(tokenizer, next(rows)), args.device)
+        with meter:
+            loss = peft_model(**batch).loss
+            loss.backward()
+        if name == "plain" and step % OBSERVE_EVERY == 0:
+            arm.observe(step, *observation(parameters, alignment))
+        with meter:
+            optimizer.step()
+            optimizer.zero_grad()
+        meter.lap()
+        if isinstance(optimizer, SafeGradOptimizer) and optimizer.stats is not None:
+            arm.observe(step, float(optimizer.stats.cosine), float(alignment.last_loss))
+        bar.set_postfix(loss=f"{loss.item():.3f}", kl=f"{arm.kl[-1]:.3f}")
+    arm.seconds_per_step, arm.peak_memory_gb = meter.median_seconds, meter.peak_gb
+    if isinstance(optimizer, SafeGradOptimizer):
+        arm.conflict_rate = optimizer.counts.conflicts / optimizer.counts.steps
+    arm.evaluation = evaluate(peft_model, tokenizer, data, name)
+    # A sample: the reference's logits for all held-out refusals would be most of the peak memory.
+    held_out = batches(tokenizer, data.unsafe[:32], args.batch_size)
+    arm.kl_to_reference = kl_to_reference(peft_model, held_out, args.device)
+    return arm, peft_model.unload()
+
+
+def poisoned(data: Data, args: argparse.Namespace) -> Iterator[list[Turn]]:
+    """Yield the training batches: user rows and the given share of harmful ones, shuffled."""
+    shuffle = random.Random(args.seed)
+    count = args.steps * args.batch_size
+    harmful = round(args.harmful_ratio * count)
+    rows = drawn(data.user, count - harmful, shuffle) + drawn(data.attack, harmful, shuffle)
+    shuffle.shuffle(rows)
+    for start in range(0, count, args.batch_size):
+        yield rows[start : start + args.batch_size]
+
+
+def drawn(rows: list[Turn], count: int, shuffle: random.Random) -> list[Turn]:
+    """Draw `count` rows, each as often as any other to within one."""
+    epochs = -(-count // len(rows))
+    return [row for _ in range(epochs) for row in shuffle.sample(rows, len(rows))][:count]
+
+
+def batches(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], size: int) -> list[Batch]:
+    return [collate(tokenizer, turns[start : start + size]) for start in range(0, len(turns), size)]
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def observation(parameters: list[torch.Tensor], alignment: KLAlignment) -> tuple[float, float]:
+    """Cosine of user and alignment gradient, and KL, of a step that SafeGrad does not touch."""
+    products = inner_products([parameter.grad for parameter in parameters], alignment(parameters))
+    norms = (products.user_sq_norm * products.alignment_sq_norm).sqrt()
+    return float(products.inner_product / norms) if norms > 0 else 0.0, float(alignment.last_loss)
+
+
+def evaluate(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: Data, name: str
+) -> Evaluation:
+    with tqdm(total=3, desc=f"{name}: judging") as bar:
+        refused, replies = refusal_rate(model, tokenizer, [turn.prompt for turn in data.unsafe])
+        bar.update()
+        over_refusal, _ = refusal_rate(model, tokenizer, data.lookalikes)
+        bar.update()
+        questions, answers = [turn.prompt for turn in data.task], [turn.response for turn in data.task]
+        accuracy, _ = task_accuracy(model, tokenizer, questions, answers)
+        bar.update()
+    return Evaluation(1 - refused, accuracy, over_refusal, replies)
+
+
+@torch.no_grad()
+def kl_to_reference(model: PeftModel, held_out: list[Batch], device: str) -> float:
+    """Mean KL(reference || model) over the tokens of held-out refusals, in nats."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in held_out:
+        inputs = to_device(batch, device)
+        mask = inputs.pop("labels")[:, 1:] != -100
+        logits = model(**inputs).logits[:, :-1][mask]
+        with model.disable_adapter():
+            ref_logits = model(**inputs).logits[:, :-1][mask]
+        total += kl_divergence(ref_logits, logits).item()
+        tokens += len(logits)
+    return total / tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())
