@@ -88,11 +88,11 @@ class Alignment(ABC):
         # Its weight cache would serve weights cast for the reference, without a graph, to the model.
         return torch.autocast(device_type(model), self.autocast_dtype, enabled=enabled, cache_enabled=False)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the place in the order of safety batches, to be saved with a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the order of safety batches; `SafeGradOptimizer.state_dict` contains it."""
         return self._order.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the safety batch that would have been next when `state` was saved.
 
         Raises:

@@ -69,7 +69,7 @@ def forward_at(
         selected = hidden[mask.to(hidden.device)]
         kept.append(selected)
         if ref_hidden is not None:
-            check_precision(ref_hidden, selected)
+            check_precision(ref_hidden.dtype, selected.dtype)
             selected = torch.cat([selected, ref_hidden.to(selected.device)])
         return (selected.unsqueeze(0), *args[1:])
 
@@ -90,15 +90,17 @@ def forward_at(
     return kept[0], logits.squeeze(0)
 
 
-def check_precision(reference: Tensor, output: Tensor) -> None:
-    """Check that what the reference and the model gave has one dtype.
+def check_precision(reference: torch.dtype, model: torch.dtype) -> None:
+    """Check that the hidden states of the reference and of the model have one dtype.
+
+    Not their logits: accelerate makes those fp32 once it has prepared a model, without loss.
 
     Raises:
         RuntimeError: the precision has changed since the reference was computed.
     """
-    if reference.dtype != output.dtype:
+    if reference != model:
         raise RuntimeError(
-            f"The reference was computed in {reference.dtype}, the model now runs in {output.dtype}. "
+            f"The reference was computed in {reference}, the model now runs in {model}. "
             "Build the alignment after the model is in its final precision (after accelerator.prepare), "
             "or give it autocast_dtype."
         )

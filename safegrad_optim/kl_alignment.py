@@ -3,9 +3,10 @@
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,17 @@ class KLAlignment(Alignment):
         self.micro_batch_size = micro_batch_size
         self.chunk_size = chunk_size
         self._reference = _reference(model, reference)
+        self._kind: Kind = "logits"
+        if not isinstance(self._reference, FrozenModel) and self._head_is_frozen():
+            self._kind = "hidden"
+        # Before training changes the model that may be the reference.
+        self._identity = fingerprint(
+            self._reference.named_parameters(),
+            self.batches,
+            positions=positions,
+            kind=self._kind,
+            autocast_dtype=autocast_dtype,
+        )
         self._cache: ReferenceCache | None = None
         if cache:
             self._cache = self._cached(None if cache_file is None else Path(cache_file), resumed)
@@ -109,42 +121,51 @@ class KLAlignment(Alignment):
         """The cached reference, `None` where it is computed at each call."""
         return self._cache
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the order of safety batches and the fingerprint of the reference's weights."""
+        return {**super().state_dict(), "reference": self._identity.weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the safety batch that would have been next when `state` was saved.
+
+        Raises:
+            ValueError: the state is of a run with another reference, number of safety batches or seed.
+        """
+        if state["reference"] != self._identity.weights:
+            raise ValueError(
+                f"The saved run kept to a reference with weights {state['reference'][:12]}, this one has "
+                f"{self._identity.weights[:12]}: the model was fine-tuned before KLAlignment was built "
+                "from it, or is another one. Build it from the aligned model before loading fine-tuned "
+                "weights; or give the cache_file of the saved run with resumed=True, or reference=."
+            )
+        super().load_state_dict(state)
+
     def _cached(self, path: Path | None, resumed: bool) -> ReferenceCache:
         drifted = resumed and isinstance(self._reference, CurrentModel)
-        kind: Kind = "logits"
-        if not isinstance(self._reference, FrozenModel) and self._head_is_frozen():
-            kind = "hidden"
         if drifted and (path is None or not path.exists()):
             raise ValueError(
                 f"The model has been fine-tuned (resumed=True), so its reference cannot be computed from "
                 f"it, and the cache file is {'missing: ' + str(path) if path else 'not given'}. Give the "
                 "cache_file of the original run, or the aligned model as reference=."
             )
-        if path is None:
-            return self._compute(kind)
-        identity = fingerprint(
-            self._reference.named_parameters(),
-            self.batches,
-            positions=self.positions,
-            kind=kind,
-            autocast_dtype=self.autocast_dtype,
-        )
-        if path.exists():
-            return ReferenceCache.load(path, identity, check_weights=not drifted)
-        computed = self._compute(kind)
-        computed.save(path, identity)
+        if path is not None and path.exists():
+            saved, self._identity = ReferenceCache.load(path, self._identity, check_weights=not drifted)
+            return saved
+        computed = self._compute()
+        if path is not None:
+            computed.save(path, self._identity)
         return computed
 
     @torch.no_grad()
-    def _compute(self, kind: Kind) -> ReferenceCache:
+    def _compute(self) -> ReferenceCache:
         entries = []
         for index in range(len(self.batches)):
-            outputs = [
-                self._run_reference(inputs, mask)[kind == "logits"].cpu()
-                for inputs, mask in self._micro_batches(index)
-            ]
+            outputs = []
+            for inputs, mask in self._micro_batches(index):
+                hidden, logits = self._run_reference(inputs, mask)
+                outputs.append((hidden if self._kind == "hidden" else logits).cpu())
             entries.append(torch.cat(outputs))
-        return ReferenceCache(entries, kind)
+        return ReferenceCache(entries, self._kind, hidden.dtype)
 
     @torch.no_grad()
     def _run_reference(self, inputs: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,8 +211,8 @@ class KLAlignment(Alignment):
                 )
             both = forward_at(self.model, inputs, mask, ref_hidden=entry)[1]
             return both[:count], both[count:].detach()
-        logits = forward_at(self.model, inputs, mask)[1]
-        check_precision(entry, logits)
+        hidden, logits = forward_at(self.model, inputs, mask)
+        check_precision(self._cache.hidden_dtype, hidden.dtype)
         return logits, entry.to(logits.device)
 
     def _head_is_frozen(self) -> bool:

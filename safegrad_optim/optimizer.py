@@ -21,6 +21,8 @@ __all__ = ["SafeGradOptimizer", "StepCounts", "UnprotectedStepError"]
 
 AlignmentGrads = Sequence[Tensor | None]
 
+_OWN_STATE = "safegrad"
+
 
 class UnprotectedStepError(RuntimeError):
     """A step was refused, with nothing changed, because it would have gone unprotected."""
@@ -216,23 +218,40 @@ class SafeGradOptimizer(Optimizer):
         self._pulled = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state, interchangeable with that of the bare optimizer."""
+        """Return the base optimizer's state and, under "safegrad", what a resumed run needs besides.
+
+        The bare optimizer loads it as well and leaves "safegrad" out: the counts, the alignment gradient
+        that still serves steps of `refresh_every`, and the `state_dict` of `alignment`.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self.base_optimizer.state_dict()
+        state_dict = {**self.base_optimizer.state_dict(), _OWN_STATE: self._own_state()}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of this or the bare optimizer; the next step pulls a new alignment gradient."""
+        """Load the state of this or the bare optimizer; after the latter, a new gradient is pulled.
+
+        Raises:
+            ValueError: the state is of a run with another reference or other safety batches. Nothing
+                has changed then.
+        """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        own = state_dict.pop(_OWN_STATE, None)
+        pulled = None if own is None else self._fitting(own["pulled"])
+        alignment: Any = self.alignment
+        if own is not None and own["alignment"] is not None and hasattr(alignment, "load_state_dict"):
+            alignment.load_state_dict(own["alignment"])
         self.base_optimizer.load_state_dict(state_dict)
-        self._pulled = None
+        self._pulled = pulled
+        if own is not None:
+            self._pulled_age = own["pulled_age"]
+            self._steps, self._conflicts, self._negligible, self._unprotected = own["counts"]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -259,6 +278,32 @@ class SafeGradOptimizer(Optimizer):
             f"{type(self).__name__} (rho={self.rho}, refresh_every={self.refresh_every}, "
             f"max_grad_norm={self.max_grad_norm}, alignment={_name(self.alignment)}\n  {base}\n)"
         )
+
+    def _own_state(self) -> dict[str, Any]:
+        alignment: Any = self.alignment
+        return {
+            "counts": list(self.counts),
+            "pulled": self._pulled,
+            "pulled_age": self._pulled_age,
+            "alignment": alignment.state_dict() if hasattr(alignment, "state_dict") else None,
+        }
+
+    def _fitting(self, saved: list[Tensor | None] | None) -> list[Tensor | None] | None:
+        """A saved alignment gradient on the devices of the parameters, checked to be theirs."""
+        if saved is None:
+            return None
+        parameters = self._trainable_parameters()
+        if len(saved) != len(parameters):
+            raise ValueError(
+                f"The saved alignment gradient is of {len(saved)} parameters, this optimizer has "
+                f"{len(parameters)} trainable ones. Freeze the same parameters as the run that saved it."
+            )
+        grads = [
+            None if grad is None else grad.to(parameter.device)
+            for grad, parameter in zip(saved, parameters, strict=True)
+        ]
+        _check_alignment(parameters, grads)
+        return grads
 
     def _trainable_parameters(self) -> list[Tensor]:
         parameters = []

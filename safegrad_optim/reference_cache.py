@@ -16,6 +16,7 @@ __all__ = ["Fingerprint", "ReferenceCache", "fingerprint"]
 
 Kind = Literal["hidden", "logits"]
 _FORMAT = "safegrad_optim reference 1"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Fingerprint(NamedTuple):
@@ -28,7 +29,7 @@ class Fingerprint(NamedTuple):
     architecture: str
     """Names, shapes and dtypes of the reference's parameters."""
     weights: str
-    """Values of the reference's parameters."""
+    """Sums over the bits of each of the reference's parameters: any training changes them."""
 
 
 def fingerprint(
@@ -51,7 +52,7 @@ def fingerprint(
     architecture, weights, contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for name, tensor in named_parameters:
         architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        weights.update(_bytes(tensor))
+        weights.update(_bit_sum(tensor).to_bytes(8, "little", signed=True))
     contents.update(positions.encode())
     for batch in batches:
         for name in sorted(batch):
@@ -75,11 +76,13 @@ class ReferenceCache:
     Args:
         entries: one tensor a safety batch, rows in the order of its compared positions.
         kind: which of the two they are.
+        hidden_dtype: dtype of the reference's final hidden states.
     """
 
-    def __init__(self, entries: list[Tensor], kind: Kind) -> None:
+    def __init__(self, entries: list[Tensor], kind: Kind, hidden_dtype: torch.dtype) -> None:
         self.entries = entries
         self.kind = kind
+        self.hidden_dtype = hidden_dtype
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +96,12 @@ class ReferenceCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         tensors = {f"{index:06d}": entry.contiguous() for index, entry in enumerate(self.entries)}
-        metadata = {"format": _FORMAT, "kind": self.kind, **identity._asdict()}
+        metadata = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "hidden_dtype": str(self.hidden_dtype).removeprefix("torch."),
+            **identity._asdict(),
+        }
         try:
             save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
@@ -101,7 +109,9 @@ class ReferenceCache:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: Path, identity: Fingerprint, *, check_weights: bool) -> "ReferenceCache":
+    def load(
+        cls, path: Path, identity: Fingerprint, *, check_weights: bool
+    ) -> tuple["ReferenceCache", Fingerprint]:
         """Read a cache and check that it is the reference it is meant to be.
 
         Args:
@@ -109,6 +119,9 @@ class ReferenceCache:
             identity: the fingerprint it has to have.
             check_weights: whether the weights have to match as well; they cannot where the model
                 that gave the reference has been trained on.
+
+        Returns:
+            The cache and the fingerprint it was saved with.
 
         Raises:
             ValueError: the file is of other batches, precision, architecture or weights.
@@ -132,11 +145,18 @@ class ReferenceCache:
                         "fine-tuning, give another cache_file to compute the reference anew."
                     )
             kind: Kind = "hidden" if metadata["kind"] == "hidden" else "logits"
-            return cls([file.get_tensor(key) for key in sorted(file.keys())], kind)
+            entries = [file.get_tensor(key) for key in sorted(file.keys())]
+            cache = cls(entries, kind, getattr(torch, metadata["hidden_dtype"]))
+            return cache, identity._replace(weights=metadata["weights"])
 
 
 def _short(value: str) -> str:
     return value if len(value) < 40 else value[:12]
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    """Sum of a tensor's bit patterns modulo 2^64: exact, and the same on every device."""
+    return int(tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def _bytes(tensor: Tensor) -> bytes:
