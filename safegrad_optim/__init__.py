@@ -32,6 +32,8 @@ from safegrad_optim.projection import (
     inner_products,
     project_conflicting,
 )
+from safegrad_optim.safety_data import safety_rows
+from safegrad_optim.safety_replies import is_refusal
 
 __version__ = version("safegrad_optim")
 
@@ -46,6 +48,8 @@ __all__ = [
     "combine",
     "combine_",
     "inner_products",
+    "is_refusal",
     "kl_divergence",
     "project_conflicting",
+    "safety_rows",
 ]
