@@ -6,14 +6,25 @@ the model's own forward, for any architecture, so that (rows x length x vocabula
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from safegrad_optim.safety_batches import Batch
 
-__all__ = ["check_precision", "device_type", "forward_at", "output_head", "unchanged_evaluation"]
+__all__ = ["Outputs", "check_precision", "device_type", "forward_at", "output_head", "unchanged_evaluation"]
+
+
+class Outputs(NamedTuple):
+    """What a model gives at the kept positions of a batch."""
+
+    hidden: Tensor
+    """Hidden states before the head, (tokens, hidden size)."""
+    logits: Tensor
+    """Logits, (tokens, vocabulary), as the model returns them."""
+    precision: str
+    """Dtypes at the head: accelerate makes the logits of any model it has prepared fp32 afterwards."""
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -40,7 +51,7 @@ def output_head(model: nn.Module) -> nn.Module:
 
 def forward_at(
     model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Outputs:
     """Run the model and return hidden states and logits at the positions of `mask` only.
 
     Args:
@@ -51,13 +62,13 @@ def forward_at(
             through whatever the model does to its logits afterwards.
 
     Returns:
-        Hidden states (tokens, hidden size) before the head, and logits (tokens, vocabulary); with
-        `ref_hidden`, twice as many rows of logits.
+        Hidden states, logits and their precision; with `ref_hidden`, twice as many rows of logits.
 
     Raises:
         RuntimeError: the model did not send its hidden states through the head as expected.
     """
     kept: list[Tensor] = []
+    precision: list[str] = []
 
     def keep_positions(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
@@ -69,40 +80,42 @@ def forward_at(
         selected = hidden[mask.to(hidden.device)]
         kept.append(selected)
         if ref_hidden is not None:
-            check_precision(ref_hidden.dtype, selected.dtype)
-            selected = torch.cat([selected, ref_hidden.to(selected.device)])
+            selected = torch.cat([selected, ref_hidden.to(selected)])
         return (selected.unsqueeze(0), *args[1:])
 
-    handle = output_head(model).register_forward_pre_hook(keep_positions)
+    def note_precision(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        precision.append(f"hidden states {args[0].dtype}, logits {output.dtype}")
+
+    head = output_head(model)
+    handles = (head.register_forward_pre_hook(keep_positions), head.register_forward_hook(note_precision))
     try:
         # Without a config the model is not of transformers and may know no cache.
         options = {"use_cache": False} if hasattr(model, "config") else {}
         logits = model(**inputs, **options).logits
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     rows = int(mask.sum()) * (1 if ref_hidden is None else 2)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
             f"Expected logits of {rows} positions from one call of the output head, found "
-            f"{tuple(logits.shape)} from {len(kept)}. A compiled model ignores hooks: pass the "
-            "original module."
+            f"{tuple(logits.shape)} from {len(kept)}. A compiled model, or a copy of one whose forward was "
+            "replaced, ignores hooks: pass the original module."
         )
-    return kept[0], logits.squeeze(0)
+    return Outputs(kept[0], logits.squeeze(0), precision[0])
 
 
-def check_precision(reference: torch.dtype, model: torch.dtype) -> None:
-    """Check that the hidden states of the reference and of the model have one dtype.
-
-    Not their logits: accelerate makes those fp32 once it has prepared a model, without loss.
+def check_precision(reference: str, model: str) -> None:
+    """Check that the model runs in the precision of the reference.
 
     Raises:
         RuntimeError: the precision has changed since the reference was computed.
     """
     if reference != model:
         raise RuntimeError(
-            f"The reference was computed in {reference}, the model now runs in {model}. "
-            "Build the alignment after the model is in its final precision (after accelerator.prepare), "
-            "or give it autocast_dtype."
+            f"The reference was computed with {reference}; the model now gives {model}. Build the "
+            "alignment after the model is in its final precision (after accelerator.prepare), or give it "
+            "the autocast_dtype of training."
         )
 
 

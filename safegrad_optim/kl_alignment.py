@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment import Alignment, SafetyBatches
 from safegrad_optim.divergence import kl_divergence
-from safegrad_optim.forward import check_precision, forward_at, output_head, unchanged_evaluation
+from safegrad_optim.forward import (
+    Outputs,
+    check_precision,
+    forward_at,
+    output_head,
+    unchanged_evaluation,
+)
 from safegrad_optim.reference import AdaptersOff, CurrentModel, FrozenModel, is_peft_model
 from safegrad_optim.reference_cache import Kind, ReferenceCache, fingerprint
 from safegrad_optim.safety_batches import Batch, Positions, position_mask
@@ -162,13 +168,13 @@ class KLAlignment(Alignment):
         for index in range(len(self.batches)):
             outputs = []
             for inputs, mask in self._micro_batches(index):
-                hidden, logits = self._run_reference(inputs, mask)
-                outputs.append((hidden if self._kind == "hidden" else logits).cpu())
+                output = self._run_reference(inputs, mask)
+                outputs.append((output.hidden if self._kind == "hidden" else output.logits).cpu())
             entries.append(torch.cat(outputs))
-        return ReferenceCache(entries, self._kind, hidden.dtype)
+        return ReferenceCache(entries, self._kind, output.precision)
 
     @torch.no_grad()
-    def _run_reference(self, inputs: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_reference(self, inputs: Batch, mask: Tensor) -> Outputs:
         with (
             self._reference.open() as model,
             unchanged_evaluation(model),
@@ -199,9 +205,10 @@ class KLAlignment(Alignment):
     def _pair(self, index: int, start: int, count: int, inputs: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the model and of the reference at `count` compared positions from `start` on."""
         if self._cache is None:
-            ref_logits = self._run_reference(inputs, mask)[1]
-            logits = forward_at(self.model, inputs, mask)[1]
-            return logits, ref_logits.to(logits.device)
+            reference = self._run_reference(inputs, mask)
+            output = forward_at(self.model, inputs, mask)
+            check_precision(reference.precision, output.precision)
+            return output.logits, reference.logits.to(output.logits.device)
         entry = self._cache.entries[index][start : start + count]
         if self._cache.kind == "hidden":
             if not self._head_is_frozen():
@@ -209,11 +216,12 @@ class KLAlignment(Alignment):
                     "The output head became trainable after its reference was cached as hidden states. "
                     "Set requires_grad before building KLAlignment, which then caches logits."
                 )
-            both = forward_at(self.model, inputs, mask, ref_hidden=entry)[1]
-            return both[:count], both[count:].detach()
-        hidden, logits = forward_at(self.model, inputs, mask)
-        check_precision(self._cache.hidden_dtype, hidden.dtype)
-        return logits, entry.to(logits.device)
+            both = forward_at(self.model, inputs, mask, ref_hidden=entry)
+            check_precision(self._cache.precision, both.precision)
+            return both.logits[:count], both.logits[count:].detach()
+        output = forward_at(self.model, inputs, mask)
+        check_precision(self._cache.precision, output.precision)
+        return output.logits, entry.to(output.logits.device)
 
     def _head_is_frozen(self) -> bool:
         return not any(tensor.requires_grad for tensor in output_head(self.model).parameters())

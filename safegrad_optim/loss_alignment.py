@@ -59,7 +59,7 @@ class LossAlignment(Alignment):
         if self.loss_fn is not None:
             yield self.loss_fn(self.model, {**inputs, "labels": labels})
             return
-        logits = forward_at(self.model, inputs, mask)[1]
+        logits = forward_at(self.model, inputs, mask).logits
         # The label of the token that each kept position predicts.
         targets = labels.roll(-1, dims=1)[mask].to(logits.device)
         wide = torch.promote_types(logits.dtype, torch.float32)

@@ -76,13 +76,13 @@ class ReferenceCache:
     Args:
         entries: one tensor a safety batch, rows in the order of its compared positions.
         kind: which of the two they are.
-        hidden_dtype: dtype of the reference's final hidden states.
+        precision: dtypes that the reference ran in, see `Outputs`.
     """
 
-    def __init__(self, entries: list[Tensor], kind: Kind, hidden_dtype: torch.dtype) -> None:
+    def __init__(self, entries: list[Tensor], kind: Kind, precision: str) -> None:
         self.entries = entries
         self.kind = kind
-        self.hidden_dtype = hidden_dtype
+        self.precision = precision
 
     @property
     def nbytes(self) -> int:
@@ -96,12 +96,8 @@ class ReferenceCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         tensors = {f"{index:06d}": entry.contiguous() for index, entry in enumerate(self.entries)}
-        metadata = {
-            "format": _FORMAT,
-            "kind": self.kind,
-            "hidden_dtype": str(self.hidden_dtype).removeprefix("torch."),
-            **identity._asdict(),
-        }
+        own = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision}
+        metadata = {**own, **identity._asdict()}
         try:
             save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
@@ -139,14 +135,16 @@ class ReferenceCache:
                 if field == "weights" and not check_weights:
                     continue
                 if metadata.get(field) != expected:
+                    resumed = " If the model has been fine-tuned since, pass resumed=True."
                     raise ValueError(
                         f"{path} is the reference of other {field}: found {_short(metadata[field])}, "
                         f"expected {_short(expected)}. Restore the original {field}; or, before any "
                         "fine-tuning, give another cache_file to compute the reference anew."
+                        + (resumed if field == "weights" else "")
                     )
             kind: Kind = "hidden" if metadata["kind"] == "hidden" else "logits"
             entries = [file.get_tensor(key) for key in sorted(file.keys())]
-            cache = cls(entries, kind, getattr(torch, metadata["hidden_dtype"]))
+            cache = cls(entries, kind, metadata["dtypes"])
             return cache, identity._replace(weights=metadata["weights"])
 
 
