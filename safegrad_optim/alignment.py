@@ -13,6 +13,9 @@ from safegrad_optim.safety_batches import Batch, BatchOrder, Positions, as_batch
 
 __all__ = ["Alignment", "SafetyBatches"]
 
+# Gradients near the reference are below fp16's range; GradScaler starts here too.
+_FP16_SCALE = 2.0**16
+
 SafetyBatches = Iterable[Mapping[str, Any]] | Mapping[str, Any]
 
 
@@ -37,6 +40,7 @@ class Alignment(ABC):
         self.last_loss: Tensor | None = None
         """Alignment loss of the last call, a 0-dim tensor on the model's device."""
         self._order = BatchOrder(len(self.batches), seed)
+        self._fp16_scale = _FP16_SCALE
 
     @abstractmethod
     def _losses(self, index: int) -> Iterator[Tensor]:
@@ -61,8 +65,7 @@ class Alignment(ABC):
             tensor.grad = None
         try:
             with unchanged_evaluation(self.model), torch.enable_grad():
-                total = self._backward(self._losses(self._order.peek()))
-            grads = [parameter.grad for parameter in parameters]
+                total, grads = self._scaled_backward(parameters, list(stashed))
         finally:
             for tensor, grad in stashed.items():
                 tensor.grad = grad
@@ -70,8 +73,34 @@ class Alignment(ABC):
         self._order.advance()
         return grads
 
-    def _backward(self, losses: Iterator[Tensor]) -> Tensor:
-        """Accumulate the gradients of all losses and return their sum."""
+    def _scaled_backward(
+        self, parameters: list[Tensor], touched: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients of the next batch; in fp16 of a scaled loss, so that they do not underflow."""
+        scale = self._fp16_scale if self._is_fp16() else 1.0
+        while True:
+            total = self._backward(self._losses(self._order.peek()), scale)
+            grads = [parameter.grad for parameter in parameters]
+            present = [grad for grad in grads if grad is not None]
+            # Unscaled it is what it is, and the optimizer refuses what is not finite.
+            if scale == 1.0 or not present:
+                return total, grads
+            torch._foreach_div_(present, scale)
+            if torch.stack([grad.isfinite().all().to(total.device) for grad in present]).all():
+                # Not raised again: the further from the reference, the larger the gradient.
+                self._fp16_scale = scale
+                return total, grads
+            scale /= 2
+            for tensor in touched:
+                tensor.grad = None
+
+    def _is_fp16(self) -> bool:
+        # Also with adapters in fp32 on a model in fp16: the gradients that reach them are in fp16.
+        parameters = self.model.parameters()
+        return torch.float16 in {self.autocast_dtype, *(parameter.dtype for parameter in parameters)}
+
+    def _backward(self, losses: Iterator[Tensor], scale: float) -> Tensor:
+        """Accumulate the gradients of all losses, times `scale`, and return the sum of the losses."""
         total = torch.zeros((), device=self._device())
         while True:
             with self._autocast(self.model):
@@ -80,7 +109,7 @@ class Alignment(ABC):
                 return total
             _check_loss(loss)
             # Not torch.autograd.grad: under data parallelism only backward() reduces.
-            loss.backward()
+            (loss if scale == 1.0 else loss * scale).backward()
             total = total + loss.detach().to(total.device)
 
     def _autocast(self, model: nn.Module) -> torch.autocast:
@@ -90,7 +119,7 @@ class Alignment(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the order of safety batches; `SafeGradOptimizer.state_dict` contains it."""
-        return self._order.state_dict()
+        return {**self._order.state_dict(), "fp16_scale": self._fp16_scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the safety batch that would have been next when `state` was saved.
@@ -99,6 +128,7 @@ class Alignment(ABC):
             ValueError: the state is of another number of safety batches or another seed.
         """
         self._order.load_state_dict(state)
+        self._fp16_scale = state["fp16_scale"]
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -99,6 +99,7 @@ class SafeGradOptimizer(Optimizer):
         self._pushed: list[Tensor | None] | None = None
         self._pushed_versions: list[int | None] = []
         self._pulled: list[Tensor | None] | None = None
+        self._pulled_for: list[Tensor] = []
         self._pulled_age = 0
         self._stats: SurgeryStats | None = None
         self._steps = 0
@@ -248,7 +249,7 @@ class SafeGradOptimizer(Optimizer):
         if own is not None and own["alignment"] is not None and hasattr(alignment, "load_state_dict"):
             alignment.load_state_dict(own["alignment"])
         self.base_optimizer.load_state_dict(state_dict)
-        self._pulled = pulled
+        self._pulled, self._pulled_for = pulled, self._trainable_parameters()
         if own is not None:
             self._pulled_age = own["pulled_age"]
             self._steps, self._conflicts, self._negligible, self._unprotected = own["counts"]
@@ -268,8 +269,8 @@ class SafeGradOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As Optimizer does: no hooks, and not the `step` that an LR scheduler put on the instance.
         own = {"base_optimizer", "alignment", "rho", "max_grad_norm", "refresh_every"}
-        own |= {"allow_unprotected", "_pushed", "_pushed_versions", "_pulled", "_pulled_age"}
-        own |= {"_stats", "_steps", "_unprotected", "_conflicts", "_negligible"}
+        own |= {"allow_unprotected", "_pushed", "_pushed_versions", "_pulled", "_pulled_for"}
+        own |= {"_pulled_age", "_stats", "_steps", "_unprotected", "_conflicts", "_negligible"}
         return {name: value for name, value in self.__dict__.items() if name in own}
 
     def __repr__(self) -> str:
@@ -378,7 +379,9 @@ class SafeGradOptimizer(Optimizer):
         self, parameters: list[Tensor], alignment: Callable[[list[Tensor]], AlignmentGrads]
     ) -> list[Tensor | None]:
         grads = self._pulled
-        if grads is None:
+        # Freezing some parameters and training others must not give one the gradient of another.
+        same = [id(parameter) for parameter in parameters] == [id(old) for old in self._pulled_for]
+        if grads is None or not same:
             before = [(parameter.grad, _version(parameter.grad)) for parameter in parameters]
             with torch.enable_grad():
                 grads = list(alignment(parameters))
@@ -389,6 +392,7 @@ class SafeGradOptimizer(Optimizer):
                         f"{index}. {_name(alignment)} has to stash and restore .grad around backward()."
                     )
             _check_alignment(parameters, grads)
+            self._pulled_for = parameters
             self._pulled_age = 0
         self._pulled_age += 1
         self._pulled = grads if self._pulled_age < self.refresh_every else None
@@ -412,6 +416,9 @@ class SafeGradOptimizer(Optimizer):
             raise UnprotectedStepError(
                 f"The inner product of user and alignment gradient overflows ({inner})."
             )
+        if not alignment_sq > products.eps**2 * user_sq:
+            # Zero at the reference, where training starts: it must not serve further steps.
+            self._pulled = None
         return products
 
     def _operate(

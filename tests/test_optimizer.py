@@ -186,6 +186,23 @@ def test_a_pulled_gradient_is_dropped_when_the_run_changes():
     assert [step(), step()] == [3, 3]
 
 
+def test_a_kept_gradient_is_not_given_to_other_parameters_of_the_same_shapes():
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    seen = []
+
+    def alignment(current):
+        seen.append(current)
+        return [torch.ones(3)]
+
+    optimizer = SafeGradOptimizer(torch.optim.SGD([first, second], lr=0.1), alignment, refresh_every=10)
+    for trained, frozen in ((first, second), (first, second), (second, first)):
+        trained.requires_grad_(True)
+        frozen.requires_grad_(False)
+        frozen.grad, trained.grad = None, torch.ones(3)
+        optimizer.step()
+    assert [id(parameter) for (parameter,) in seen] == [id(first), id(second)]
+
+
 def test_a_pushed_gradient_goes_before_pulling():
     pulls = Pulls()
     parameters, optimizer = make(pulls)

@@ -1,0 +1,1 @@
+"""Glue to training frameworks; importing a file here imports its framework."""

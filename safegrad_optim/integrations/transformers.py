@@ -1,0 +1,232 @@
+"""SafeGrad in the Hugging Face Trainer and its subclasses, such as TRL's: optimizer and metrics.
+
+trainer = Trainer(
+    model, args, train_dataset=dataset, optimizer_cls_and_kwargs=safegrad_optimizer(args, safety_batches)
+)
+SafeGradCallback().add_to(trainer)
+trainer.train()
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.training_args import OptimizerNames
+
+from safegrad_optim.alignment import Alignment, SafetyBatches
+from safegrad_optim.kl_alignment import KLAlignment
+from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
+
+__all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
+
+# Fields of SurgeryStats whose means over a logging interval are logged.
+_FIELDS = ("cosine", "conflict", "user_norm", "alignment_norm", "final_norm")
+
+
+def safegrad_optimizer(
+    args: TrainingArguments,
+    safety_batches: SafetyBatches,
+    *,
+    rho: float = 1.0,
+    refresh_every: int = 1,
+    max_grad_norm: float | None = None,
+    **alignment_options: Any,
+) -> tuple[type["SafeGradFactory"], dict[str, Any]]:
+    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes to train with a `SafeGradOptimizer`.
+
+    SafeGradOptimizer(the optimizer that `args` describe, KLAlignment(the Trainer's model, safety_batches))
+
+    The Trainer builds it when training starts, with its own parameter groups. When it resumes, it has
+    loaded the fine-tuned weights by then: pass `resumed=True`, and, without PEFT adapters, the
+    `cache_file` that the original run was given.
+
+    Args:
+        args: the Trainer's arguments; `optim`, `learning_rate` and the like make the base optimizer.
+        safety_batches: as `KLAlignment` takes them.
+        rho: weight of the alignment gradient, >= 0; the paper uses 1.
+        refresh_every: number of steps that one alignment gradient serves.
+        max_grad_norm: clip the final gradient to this norm; set `args.max_grad_norm=0` with it.
+        alignment_options: keyword arguments of `KLAlignment`; `autocast_dtype` follows `args`.
+
+    Raises:
+        ValueError: `args.optim` steps during the backward pass, where there is no gradient to operate on.
+        NotImplementedError: the Trainer uses DeepSpeed.
+    """
+    _refuse_deepspeed(args)
+    name = OptimizerNames(args.optim).value
+    if "layerwise" in name or "lomo" in name:
+        raise ValueError(
+            f"optim={name!r} updates each layer during the backward pass, before there is a whole gradient "
+            "to operate on. Use one that steps afterwards, such as optim='adamw_torch'."
+        )
+    _warn_of_clipping(args)
+    return SafeGradFactory, {
+        "args": args,
+        "safety_batches": safety_batches,
+        "options": {"rho": rho, "refresh_every": refresh_every, "max_grad_norm": max_grad_norm},
+        "alignment_options": {"autocast_dtype": _autocast_dtype(args)} | alignment_options,
+    }
+
+
+class SafeGradFactory:
+    """What the Trainer calls with its model to get its optimizer; made by `safegrad_optimizer`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        safety_batches: SafetyBatches,
+        options: dict[str, Any],
+        alignment_options: dict[str, Any],
+    ) -> SafeGradOptimizer:
+        alignment = KLAlignment(model, safety_batches, **alignment_options)
+        return SafeGradOptimizer(_base_optimizer(model, args), alignment, **options)
+
+
+class SafeGradCallback(TrainerCallback, ExportableState):
+    """Refuse to train unprotected, and add `safegrad/*` metrics to the Trainer's training logs.
+
+    Since the last log: the means over protected steps of cosine, user_norm, alignment_norm and
+    final_norm, see `SurgeryStats`; conflict_rate, the share of them that conflicted; and alignment_kl,
+    the mean over the safety batches drawn (left out where `refresh_every` drew none).
+    Over the whole run: the numbers of unprotected_steps and of skipped_steps (by the fp16 loss scaler).
+    It waits for the device at logs and checkpoints only. A resumed run logs what the uninterrupted
+    one would have, also where the checkpoint lies between two logs.
+
+    Raises:
+        UnprotectedStepError: when training starts, the Trainer's optimizer is no `SafeGradOptimizer`.
+        NotImplementedError: when training starts, the Trainer uses DeepSpeed.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer: SafeGradOptimizer | None = None
+        self._before_reporters = False
+        self._skipped = 0
+        self._clear()
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Add the callback to a Trainer, before its reporters.
+
+        Through `Trainer(callbacks=[...])` it comes after them: its metrics are printed and kept in
+        `state.log_history`, but do not reach TensorBoard or Weights & Biases.
+        `restore_callback_states_from_checkpoint=True` is not needed to resume, and moves it there too.
+        """
+        trainer.callback_handler.callbacks.insert(0, self)
+        self._before_reporters = True
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        _refuse_deepspeed(args)
+        # Accelerate has wrapped it by now.
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        if not isinstance(optimizer, SafeGradOptimizer):
+            raise UnprotectedStepError(
+                f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer: "
+                "every step would go unprotected. Pass optimizers=(SafeGradOptimizer(...), None) or "
+                "optimizer_cls_and_kwargs=safegrad_optimizer(args, safety_batches) to the Trainer."
+            )
+        _warn_of_clipping(args)
+        if args.report_to and not self._before_reporters:
+            warnings.warn(
+                f"SafeGradCallback comes after the reporters {args.report_to}, which miss its metrics. "
+                "Leave it out of callbacks=[...] and call SafeGradCallback().add_to(trainer).",
+                stacklevel=2,
+            )
+        self._optimizer = optimizer
+        self._last_stats, self._last_loss = optimizer.stats, _last_loss(optimizer)
+        self._clear()
+        self._skipped = 0
+        # Read here, because the Trainer itself restores a callback only if asked to, as a new object;
+        # and set where missing, because it saves only what was in the checkpoint it resumed from.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
+            self._sums = torch.tensor(saved["sums"], dtype=torch.float64)
+            self._steps, self._draws, self._skipped = saved["counts"]
+
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        assert self._optimizer is not None
+        self._skipped += bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
+        stats, loss = self._optimizer.stats, _last_loss(self._optimizer)
+        if stats is None or stats is self._last_stats:
+            return
+        values = [getattr(stats, field) for field in _FIELDS]
+        if loss is None or loss is self._last_loss:
+            values.append(torch.zeros_like(stats.cosine))
+        else:
+            values.append(loss)
+            self._draws += 1
+        new = torch.stack([value.to(stats.cosine) for value in values])
+        self._sums = self._sums.to(new) + new
+        self._steps += 1
+        self._last_stats, self._last_loss = stats, loss
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # Evaluations and the summary at the end are logged through here as well.
+        logs = kwargs["logs"]
+        if "loss" not in logs or self._optimizer is None:
+            return
+        *sums, losses = self._sums.tolist()
+        metrics: dict[str, float] = {}
+        if self._steps > 0:
+            metrics = {field: value / self._steps for field, value in zip(_FIELDS, sums, strict=True)}
+            metrics["conflict_rate"] = metrics.pop("conflict")
+        if self._draws > 0:
+            is_kl = isinstance(self._optimizer.alignment, KLAlignment)
+            metrics["alignment_kl" if is_kl else "alignment_loss"] = losses / self._draws
+        metrics["unprotected_steps"] = self._optimizer.counts.unprotected
+        metrics["skipped_steps"] = self._skipped
+        metrics = {f"safegrad/{name}": value for name, value in metrics.items()}
+        logs.update(metrics)
+        # The Trainer has put a copy of the logs there already.
+        state.log_history[-1].update(metrics)
+        self._clear()
+
+    def state(self) -> dict[str, Any]:
+        """Return what goes into the `trainer_state.json` of a checkpoint."""
+        counts = [self._steps, self._draws, self._skipped]
+        return {"args": {}, "attributes": {}, "sums": self._sums.tolist(), "counts": counts}
+
+    def _clear(self) -> None:
+        self._sums = torch.zeros(len(_FIELDS) + 1, dtype=torch.float64)
+        self._steps = 0
+        self._draws = 0
+
+
+def _base_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
+    # A Trainer with no more than its create_optimizer reads: parameter groups and options are then
+    # the Trainer's own, in every version of it.
+    trainer = Trainer.__new__(Trainer)
+    trainer.model, trainer.args = model, args
+    trainer.optimizer = trainer.optimizer_cls_and_kwargs = None
+    return trainer.create_optimizer()
+
+
+def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else None
+
+
+def _last_loss(optimizer: SafeGradOptimizer) -> Tensor | None:
+    return optimizer.alignment.last_loss if isinstance(optimizer.alignment, Alignment) else None
+
+
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    if args.deepspeed_plugin is not None:
+        raise NotImplementedError(
+            "The Trainer uses DeepSpeed, whose ZeRO keeps gradients where no optimizer wrapper sees them. "
+            "Leave out deepspeed= (and `use_deepspeed` of accelerate's config); use DDP or FSDP2 instead."
+        )
+
+
+def _warn_of_clipping(args: TrainingArguments) -> None:
+    if args.max_grad_norm > 0:
+        warnings.warn(
+            f"max_grad_norm={args.max_grad_norm} of the TrainingArguments clips the user gradient alone, "
+            "which changes its weight against the alignment gradient. Set max_grad_norm=0 there, and give "
+            "max_grad_norm to SafeGradOptimizer or safegrad_optimizer to clip the final gradient.",
+            stacklevel=1,  # One place, so that Python shows it once.
+        )
