@@ -49,9 +49,7 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def forward_at(
-    model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor | None = None
-) -> Outputs:
+def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor | None = None) -> Outputs:
     """Run the model and return hidden states and logits at the positions of `mask` only.
 
     Args:

@@ -63,7 +63,7 @@ class SafeGradOptimizer(Optimizer):
 
     Raises:
         TypeError: `base_optimizer` is no optimizer, or one that calls a closure several times a step.
-        ValueError: an option is out of range, or the base optimizer is differentiable.
+        ValueError: an option is out of range, or the base optimizer is differentiable or maximizes.
 
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
     """
@@ -193,6 +193,8 @@ class SafeGradOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Here as well as at construction: groups may be added, or replaced by load_state_dict.
+        _check_groups(self.base_optimizer)
         parameters = self._trainable_parameters()
         user_grads = [parameter.grad for parameter in parameters]
         if all(grad is None for grad in user_grads) or self._is_state_probe(user_grads):
@@ -452,11 +454,21 @@ def _check_base(base: Optimizer) -> None:
             f"{type(base).__name__} evaluates its closure several times inside one step, past the "
             "surgery. Use an optimizer whose step() takes no closure, such as AdamW."
         )
-    if any(group.get("differentiable") for group in base.param_groups):
-        raise ValueError(
-            f"{type(base).__name__} has differentiable=True, but surgery is not recorded by autograd. "
-            "Build it with differentiable=False."
-        )
+    _check_groups(base)
+
+
+def _check_groups(base: Optimizer) -> None:
+    for index, group in enumerate(base.param_groups):
+        if group.get("differentiable"):
+            raise ValueError(
+                f"Group {index} of {type(base).__name__} has differentiable=True, but surgery is not "
+                "recorded by autograd. Build it with differentiable=False."
+            )
+        if group.get("maximize"):
+            raise ValueError(
+                f"Group {index} of {type(base).__name__} has maximize=True, which would maximize the "
+                "alignment loss as well. Build it with maximize=False and negate the loss."
+            )
 
 
 def _check_alignment(parameters: list[Tensor], grads: list[Tensor | None]) -> None:
