@@ -82,8 +82,8 @@ class Alignment(ABC):
             total = self._backward(self._losses(self._order.peek()), scale)
             grads = [parameter.grad for parameter in parameters]
             present = [grad for grad in grads if grad is not None]
-            # Unscaled it is what it is, and the optimizer refuses what is not finite.
-            if scale == 1.0 or not present:
+            # An infinite loss stays so at any scale, and the optimizer refuses its gradient.
+            if scale == 1.0 or not present or not total.isfinite():
                 return total, grads
             torch._foreach_div_(present, scale)
             if torch.stack([grad.isfinite().all().to(total.device) for grad in present]).all():

@@ -5,7 +5,7 @@ the model's own forward, for any architecture, so that (rows x length x vocabula
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +89,8 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor
     try:
         # Without a config the model is not of transformers and may know no cache.
         options = {"use_cache": False} if hasattr(model, "config") else {}
-        logits = model(**inputs, **options).logits
+        with _uncompiled(model):
+            logits = model(**inputs, **options).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -101,6 +102,14 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor
             "replaced, ignores hooks: pass the original module."
         )
     return Outputs(kept[0], logits.squeeze(0), precision[0])
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run a compiled model as it was written: the hook is new in each call, and would recompile it."""
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
 
 
 def check_precision(reference: str, model: str) -> None:

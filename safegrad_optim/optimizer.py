@@ -458,6 +458,12 @@ def _check_base(base: Optimizer) -> None:
 
 
 def _check_groups(base: Optimizer) -> None:
+    # As the optimizers of pytorch_optimizer keep it.
+    if getattr(base, "maximize", False):
+        raise ValueError(
+            f"{type(base).__name__} has maximize=True, which would maximize the alignment loss as well. "
+            "Build it with maximize=False and negate the loss."
+        )
     for index, group in enumerate(base.param_groups):
         if group.get("differentiable"):
             raise ValueError(

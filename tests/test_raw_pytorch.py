@@ -208,7 +208,6 @@ def test_a_compiled_model_trains_while_the_alignment_has_the_original(small):
 
 # Raised while dynamo traces the hook that keeps the compared positions.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_model_given_to_the_alignment(small, in_place):
     expected, _ = trained(copy.deepcopy(small))
