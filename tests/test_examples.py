@@ -1,0 +1,42 @@
+"""The example scripts, as a user runs them: on the real model, for a few steps, and resumed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script, folder, *arguments):
+    command = [sys.executable, EXAMPLES / script, "--output-dir", folder, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "saved"),
+    [
+        ("hf_trainer.py", "adapter_model.safetensors"),
+        ("trl_sft.py", "adapter_model.safetensors"),
+        ("accelerate_loop.py", "model.safetensors"),
+    ],
+)
+def test_script_trains_the_adapters_and_says_where_they_are(script, saved, tmp_path):
+    output = run(script, tmp_path, "--steps", "2")
+    assert str(tmp_path) in output.splitlines()[-1]
+    lora_b = {name: tensor for name, tensor in load_file(tmp_path / saved).items() if "lora_B" in name}
+    assert lora_b
+    assert all(tensor.any() for tensor in lora_b.values())
+
+
+def test_accelerate_loop_resumes_where_it_stopped(tmp_path):
+    whole = run("accelerate_loop.py", tmp_path / "whole", "--steps", "3").splitlines()
+    run("accelerate_loop.py", tmp_path / "parts", "--steps", "2")
+    resumed = run("accelerate_loop.py", tmp_path / "parts", "--steps", "3", "--resume").splitlines()
+    assert [line for line in resumed if line.startswith("step")] == whole[2:3]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all((one[name] == other[name]).all() for name in one)
