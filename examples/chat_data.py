@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Turn", "collate", "harmful_turns", "read_rows", "refusal_turns"]
+__all__ = ["Turn", "collate", "harmful_turns", "read_rows", "refusal_turns", "response_loss"]
 
 DATA = Path(__file__).parent / "data"
 IGNORED = -100
@@ -79,3 +79,20 @@ def collate(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> dict[s
         batch["attention_mask"][index, :end] = 1
         batch["labels"][index, start:end] = torch.tensor(response_ids)
     return batch
+
+
+def response_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The `model(**batch).loss` of a batch, without logits where no row has a response.
+
+    Args:
+        model: a causal language model.
+        batch: as `collate` makes it.
+
+    Returns:
+        Mean cross-entropy of the response tokens, a 0-dim tensor.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    columns = (batch["labels"] != IGNORED).any(dim=0).nonzero().squeeze(1)
+    # Logits at a position predict the next token. With this vocabulary they are a good part of a step.
+    logits = model(**inputs, logits_to_keep=columns - 1).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, columns].flatten())

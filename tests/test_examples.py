@@ -33,6 +33,7 @@ def test_script_trains_the_adapters_and_says_where_they_are(script, saved, tmp_p
     assert all(tensor.any() for tensor in lora_b.values())
 
 
+@pytest.mark.slow
 def test_accelerate_loop_resumes_where_it_stopped(tmp_path):
     whole = run("accelerate_loop.py", tmp_path / "whole", "--steps", "3").splitlines()
     run("accelerate_loop.py", tmp_path / "parts", "--steps", "2")
