@@ -12,6 +12,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -52,6 +53,8 @@ class Data(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    # What transformers and peft will rename is for their callers to know, not for readers of the table.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     started = time.perf_counter()
     try:
         data = read_data(args)
@@ -87,10 +90,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--safety-data", type=Path, help="JSONL with prompt, response: refusals to keep")
     parser.add_argument("--eval-data", type=Path, help="JSONL with prompt: held-out unsafe requests")
     parser.add_argument("--harmful-ratio", type=share, default=0.3, help="share of harmful rows")
-    parser.add_argument("--steps", type=positive, default=45)
+    parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--lr", type=not_negative, default=3e-4)
-    parser.add_argument("--rho", type=not_negative, default=3.0, help="the paper's is 1")
+    parser.add_argument("--lr", type=not_negative, default=5e-4, help="falls linearly to 0")
+    parser.add_argument("--rho", type=not_negative, default=5.0, help="the paper's is 1")
     parser.add_argument("--refresh-every", type=positive, default=1, help="steps per alignment gradient")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -191,6 +194,8 @@ def fine_tune(
             base_optimizer, alignment, rho=args.rho, refresh_every=args.refresh_every
         )
 
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)
+
     arm = Arm(name)
     meter = Meter(args.device)
     rows = poisoned(data, args)
@@ -204,6 +209,7 @@ def fine_tune(
             arm.observe(step, *observation(parameters, alignment))
         with meter:
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
         meter.lap()
         if isinstance(optimizer, SafeGradOptimizer) and optimizer.stats is not None:
