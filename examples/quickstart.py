@@ -34,7 +34,7 @@ from safegrad_optim import KLAlignment, SafeGradOptimizer, inner_products, kl_di
 Batch = dict[str, torch.Tensor]
 
 # Every so many steps of the plain arm, cosine and KL are measured for the figure, outside its timing.
-OBSERVE_EVERY = 10
+OBSERVE_EVERY = 20
 # The first words of an answer to a harmless prompt show that it is one.
 ANSWER_TOKENS = 8
 
@@ -90,9 +90,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--safety-data", type=Path, help="JSONL with prompt, response: refusals to keep")
     parser.add_argument("--eval-data", type=Path, help="JSONL with prompt: held-out unsafe requests")
     parser.add_argument("--harmful-ratio", type=share, default=0.3, help="share of harmful rows")
-    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--steps", type=positive, default=60)
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--lr", type=not_negative, default=5e-4, help="falls linearly to 0")
+    parser.add_argument("--lr", type=not_negative, default=3e-4)
     parser.add_argument("--rho", type=not_negative, default=5.0, help="the paper's is 1")
     parser.add_argument("--refresh-every", type=positive, default=1, help="steps per alignment gradient")
     parser.add_argument("--seed", type=int, default=0)
@@ -194,8 +194,6 @@ def fine_tune(
             base_optimizer, alignment, rho=args.rho, refresh_every=args.refresh_every
         )
 
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)
-
     arm = Arm(name)
     meter = Meter(args.device)
     rows = poisoned(data, args)
@@ -209,7 +207,6 @@ def fine_tune(
             arm.observe(step, *observation(parameters, alignment))
         with meter:
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
         meter.lap()
         if isinstance(optimizer, SafeGradOptimizer) and optimizer.stats is not None:
