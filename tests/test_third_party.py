@@ -41,10 +41,12 @@ def assert_same(left, right):
 
 def assert_bit_identical(build):
     """Compare wrapped and bare, and return whether they have moved at all."""
-    wrapped_parameters, bare_parameters = make_parameters(), make_parameters()
-    wrapped, bare = wrap(build(wrapped_parameters)), build(bare_parameters)
+    # One after the other: making the parameters seeds what an optimizer draws.
+    wrapped_parameters = make_parameters()
+    wrapped = wrap(build(wrapped_parameters))
     train(wrapped_parameters, wrapped)
-    train(bare_parameters, bare)
+    bare_parameters = make_parameters()
+    train(bare_parameters, build(bare_parameters))
     assert wrapped.counts == (7, 0, 0, 0)
     assert_same(wrapped_parameters, bare_parameters)
     return any((new != old).any() for new, old in zip(bare_parameters, make_parameters(), strict=True))
