@@ -134,6 +134,7 @@ NOT_PLAIN = {
     "DistributedMuon": "needs a process group",
     "FriendlySAM": "needs a closure",
     "GSAM": "needs a closure",
+    "Kron": "draws at random, and not always alike in a test of this size",
     "LBFGS": "needs a closure",
     "LOMO": ELSEWHERE,
     "LookSAM": "needs a closure",
