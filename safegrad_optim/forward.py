@@ -11,9 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from safegrad_optim.distributed import device_type, whole
 from safegrad_optim.safety_batches import Batch
 
-__all__ = ["Outputs", "check_precision", "device_type", "forward_at", "output_head", "unchanged_evaluation"]
+__all__ = [
+    "Outputs",
+    "check_precision",
+    "device_type_of",
+    "forward_at",
+    "output_head",
+    "unchanged_evaluation",
+]
 
 
 class Outputs(NamedTuple):
@@ -85,12 +93,14 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor
         precision.append(f"hidden states {args[0].dtype}, logits {output.dtype}")
 
     head = output_head(model)
-    handles = (head.register_forward_pre_hook(keep_positions), head.register_forward_hook(note_precision))
+    # First, before tensor parallelism makes a DTensor of what comes in.
+    handle = head.register_forward_pre_hook(keep_positions, prepend=True)
+    handles = (handle, head.register_forward_hook(note_precision))
     try:
         # Without a config the model is not of transformers and may know no cache.
         options = {"use_cache": False} if hasattr(model, "config") else {}
         with _uncompiled(model):
-            logits = model(**inputs, **options).logits
+            logits = whole(model(**inputs, **options).logits)
     finally:
         for handle in handles:
             handle.remove()
@@ -144,7 +154,7 @@ def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
     cuda = [device for device in devices if device.type == "cuda"]
     model.eval()
     try:
-        with torch.random.fork_rng(cuda), torch.autocast(device_type(model), enabled=False):
+        with torch.random.fork_rng(cuda), torch.autocast(device_type_of(model), enabled=False):
             yield
     finally:
         # Weights cast under no_grad have no graph; a later forward would lose its gradients to them.
@@ -158,6 +168,6 @@ def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def device_type(model: nn.Module) -> str:
-    """Return the type of the device that holds the model's first parameter."""
-    return next(model.parameters()).device.type
+def device_type_of(model: nn.Module) -> str:
+    """Return the type of the device that the model's first parameter is computed with."""
+    return device_type(next(model.parameters()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim.alignment import Alignment, SafetyBatches
+from safegrad_optim.distributed import mean_over_ranks, require_same, world_size
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.forward import (
     Outputs,
@@ -20,9 +21,10 @@ from safegrad_optim.forward import (
     output_head,
     unchanged_evaluation,
 )
+from safegrad_optim.parallel import inner_module, synchronized
 from safegrad_optim.reference import AdaptersOff, CurrentModel, FrozenModel, is_peft_model
 from safegrad_optim.reference_cache import Kind, ReferenceCache, fingerprint
-from safegrad_optim.safety_batches import Batch, Positions, position_mask
+from safegrad_optim.safety_batches import Batch, Positions
 
 __all__ = ["KLAlignment"]
 
@@ -38,7 +40,7 @@ class KLAlignment(Alignment):
     over the T response tokens of one safety batch; each call takes the next batch of a seeded order.
     Reference and model run in the same precision, in eval mode. By default the reference is computed
     once, here, and kept on the CPU: as final hidden states where the output head is frozen (exact),
-    else as logits.
+    else as logits. With several ranks each keeps that of its own rows.
 
     Args:
         model: the model being fine-tuned, a causal language model; with PEFT adapters or without.
@@ -62,7 +64,8 @@ class KLAlignment(Alignment):
         ValueError: empty or malformed safety batches, one without a response token, a reference that
             is not the aligned model, or a cache file of another reference.
         TypeError: the model has no output head.
-        NotImplementedError: an encoder-decoder, or more than one process.
+        NotImplementedError: an encoder-decoder; a model that is parallel in a way that is not supported;
+            `cache_file` with several ranks.
 
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
     """
@@ -95,9 +98,19 @@ class KLAlignment(Alignment):
         )
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size is {micro_batch_size}, expected >= 1 or None.")
+        if cache_file is not None and world_size() > 1:
+            raise NotImplementedError(
+                f"cache_file is given and there are {world_size()} ranks, each with a part of the reference. "
+                "Leave it out; to resume, build KLAlignment from the aligned model before loading weights."
+            )
+        require_same(
+            {"micro_batch_size": micro_batch_size, "cache": cache, "resumed": resumed},
+            "Give all ranks the same options.",
+        )
         self.micro_batch_size = micro_batch_size
         self.chunk_size = chunk_size
-        self._reference = _reference(model, reference)
+        model = self.model
+        self._reference = _reference(model, None if reference is None else inner_module(reference))
         self._kind: Kind = "logits"
         if not isinstance(self._reference, FrozenModel) and self._head_is_frozen():
             self._kind = "hidden"
@@ -166,10 +179,11 @@ class KLAlignment(Alignment):
     def _compute(self) -> ReferenceCache:
         entries = []
         for index in range(len(self.batches)):
-            outputs = []
-            for inputs, mask in self._micro_batches(index):
-                output = self._run_reference(inputs, mask)
-                outputs.append((output.hidden if self._kind == "hidden" else output.logits).cpu())
+            outputs: list[Tensor] = []
+            for part in self._parts(index, self.micro_batch_size):
+                output = self._run_reference(part.inputs, part.mask)
+                if part.weight or not outputs:
+                    outputs.append((output.hidden if self._kind == "hidden" else output.logits).cpu())
             entries.append(torch.cat(outputs))
         return ReferenceCache(entries, self._kind, output.precision)
 
@@ -177,6 +191,7 @@ class KLAlignment(Alignment):
     def _run_reference(self, inputs: Batch, mask: Tensor) -> Outputs:
         with (
             self._reference.open() as model,
+            synchronized(model),
             unchanged_evaluation(model),
             self._autocast(model),
         ):
@@ -184,23 +199,15 @@ class KLAlignment(Alignment):
             inputs = {name: value.to(device) for name, value in inputs.items()}
             return forward_at(model, inputs, mask.to(device))
 
-    def _micro_batches(self, index: int) -> Iterator[tuple[Batch, Tensor]]:
-        inputs, mask = self._inputs(index)
-        rows = len(mask)
-        size = self.micro_batch_size or rows
-        for start in range(0, rows, size):
-            part = slice(start, start + size)
-            if mask[part].any():
-                yield {name: value[part] for name, value in inputs.items()}, mask[part]
-
     def _losses(self, index: int) -> Iterator[Tensor]:
-        tokens = int(position_mask(self.batches[index], self.positions).sum())
+        tokens = self._mean_tokens(index)
         done = 0
-        for inputs, mask in self._micro_batches(index):
-            count = int(mask.sum())
-            logits, ref_logits = self._pair(index, done, count, inputs, mask)
-            yield kl_divergence(ref_logits, logits, chunk_size=self.chunk_size) / tokens
-            done += count
+        for part in self._parts(index, self.micro_batch_size):
+            count = int(part.mask.sum())
+            start = done if part.weight else 0
+            logits, ref_logits = self._pair(index, start, count, part.inputs, part.mask)
+            yield kl_divergence(ref_logits, logits, chunk_size=self.chunk_size) * part.weight / tokens
+            done = start + count
 
     def _pair(self, index: int, start: int, count: int, inputs: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the model and of the reference at `count` compared positions from `start` on."""
@@ -229,8 +236,11 @@ class KLAlignment(Alignment):
     @torch.no_grad()
     def _check_start(self) -> None:
         """Refuse a reference from which the model differs before any fine-tuning."""
-        with unchanged_evaluation(self.model), self._autocast(self.model):
-            divergence = float(sum(self._losses(0)))
+        with synchronized(self.model), unchanged_evaluation(self.model), self._autocast(self.model):
+            total = sum(self._losses(0), torch.zeros((), device=self._device()))
+        if self._share.size > 1:
+            total, _ = mean_over_ranks(total)
+        divergence = float(total)
         if not divergence <= _MAX_START_KL:
             raise ValueError(
                 f"Before fine-tuning the model already differs from its reference by KL = "

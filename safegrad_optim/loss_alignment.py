@@ -21,14 +21,15 @@ class LossAlignment(Alignment):
         model: the model being fine-tuned.
         safety_batches: as in `KLAlignment`; the labels are the refusals to keep.
         loss_fn: called with the model (in eval mode) and a batch on its device; returns a 0-dim loss.
-            By default the cross-entropy of the labels.
+            By default the cross-entropy of the labels. With several ranks each calls it with the whole
+            batch, since how it weighs rows is not known.
         batch_size: rows to a batch, where `safety_batches` are rows.
         seed: seed of the order of safety batches.
         autocast_dtype: dtype of autocast during the loss.
 
     Raises:
         ValueError: empty or malformed safety batches, or one without a response token.
-        NotImplementedError: more than one process.
+        NotImplementedError: the model is parallel in a way that is not supported.
 
     Reference: Yi et al., arXiv 2508.07172, section 5 (cross-entropy against KL alignment).
     """
@@ -54,13 +55,18 @@ class LossAlignment(Alignment):
         self.loss_fn = loss_fn
 
     def _losses(self, index: int) -> Iterator[Tensor]:
-        inputs, mask = self._inputs(index)
-        labels = self.batches[index]["labels"].to(self._device())
         if self.loss_fn is not None:
-            yield self.loss_fn(self.model, {**inputs, "labels": labels})
+            device = self._device()
+            yield self.loss_fn(
+                self.model, {name: value.to(device) for name, value in self.batches[index].items()}
+            )
             return
-        logits = forward_at(self.model, inputs, mask).logits
-        # The label of the token that each kept position predicts.
-        targets = labels.roll(-1, dims=1)[mask].to(logits.device)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        yield nn.functional.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE_INDEX)
+        for part in self._parts(index):
+            logits = forward_at(self.model, part.inputs, part.mask).logits
+            # The label of the token that each kept position predicts.
+            targets = part.labels.roll(-1, dims=1)[part.mask].to(logits.device)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            total = nn.functional.cross_entropy(
+                logits.to(wide), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            yield total * part.weight / self._mean_tokens(index)

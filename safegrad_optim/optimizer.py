@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from safegrad_optim.distributed import (
+    is_distributed_tensor,
+    local,
+    placed_as,
+    require_same,
+    sum_over_ranks,
+)
 from safegrad_optim.projection import (
     GradientProducts,
     SurgeryStats,
@@ -106,6 +113,7 @@ class SafeGradOptimizer(Optimizer):
         self._unprotected = 0
         self._conflicts: Tensor | int = 0
         self._negligible: Tensor | int = 0
+        self._ranks_agree = False
         # Makes the hook registries; Optimizer.__init__ would replace the base's groups and state.
         Optimizer.__setstate__(self, {})
 
@@ -187,7 +195,8 @@ class SafeGradOptimizer(Optimizer):
             UnprotectedStepError: there is no alignment gradient, it was modified since it was set or
                 shares memory with a `.grad`, or either gradient is not finite. Parameters, state and
                 `.grad` are as they were before the step, and training can go on.
-            ValueError: the alignment gradients do not fit the parameters; likewise nothing changed.
+            ValueError: the alignment gradients do not fit the parameters; or, at the first step, ranks
+                have different options or gradients. Likewise nothing changed.
         """
         loss = None
         if closure is not None:
@@ -196,6 +205,8 @@ class SafeGradOptimizer(Optimizer):
         # Here as well as at construction: groups may be added, or replaced by load_state_dict.
         _check_groups(self.base_optimizer)
         parameters = self._trainable_parameters()
+        for parameter in filter(is_distributed_tensor, parameters):
+            parameter.grad = placed_as(parameter.grad, parameter)
         user_grads = [parameter.grad for parameter in parameters]
         if all(grad is None for grad in user_grads) or self._is_state_probe(user_grads):
             self.base_optimizer.step()
@@ -273,6 +284,7 @@ class SafeGradOptimizer(Optimizer):
         own = {"base_optimizer", "alignment", "rho", "max_grad_norm", "refresh_every"}
         own |= {"allow_unprotected", "_pushed", "_pushed_versions", "_pulled", "_pulled_for"}
         own |= {"_pulled_age", "_stats", "_steps", "_unprotected", "_conflicts", "_negligible"}
+        own |= {"_ranks_agree"}
         return {name: value for name, value in self.__dict__.items() if name in own}
 
     def __repr__(self) -> str:
@@ -345,11 +357,14 @@ class SafeGradOptimizer(Optimizer):
 
     def _is_state_probe(self, user_grads: AlignmentGrads) -> bool:
         """Whether torch.distributed.checkpoint is taking a null step to make the optimizer's state."""
-        return (
-            not self.state
-            and all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups)
-            and all(grad is None or not bool(grad.any()) for grad in user_grads)
-        )
+        if self.state or any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
+            return False
+        present = [grad for grad in user_grads if grad is not None]
+        found = torch.tensor(float(any(bool(local(grad).any()) for grad in present)))
+        if any(map(is_distributed_tensor, present)):
+            # Zeros in the part of one rank say nothing of the others, and all have to go one way.
+            found = sum_over_ranks(found)
+        return not bool(found)
 
     def _alignment_grads(self, parameters: list[Tensor]) -> list[Tensor | None] | None:
         if self._pushed is not None:
@@ -370,7 +385,7 @@ class SafeGradOptimizer(Optimizer):
         self._pushed, self._pushed_versions = None, []
         _check_alignment(parameters, grads)
         for index, (grad, version) in enumerate(zip(grads, versions, strict=True)):
-            if grad is not None and grad._version != version:
+            if grad is not None and _version(grad) != version:
                 raise UnprotectedStepError(
                     f"Alignment gradient {index} was modified since it was set, so it no longer is the "
                     "alignment gradient. Give set_alignment_grad() tensors of its own, as grad.clone()."
@@ -406,6 +421,11 @@ class SafeGradOptimizer(Optimizer):
         products = inner_products(user_grads, alignment_grads)
         # The only host read of a step: nothing may change before it is known to be protected.
         inner, user_sq, alignment_sq = torch.stack(products[:3]).tolist()
+        negligible = not alignment_sq > products.eps**2 * user_sq
+        if not self._ranks_agree:
+            self._require_agreement(user_sq, alignment_sq)
+            # A gradient that is zero on all ranks does not tell whether it is averaged over them.
+            self._ranks_agree = not negligible
         for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
             if not math.isfinite(sq_norm):
                 self._pulled = None
@@ -418,10 +438,20 @@ class SafeGradOptimizer(Optimizer):
             raise UnprotectedStepError(
                 f"The inner product of user and alignment gradient overflows ({inner})."
             )
-        if not alignment_sq > products.eps**2 * user_sq:
+        if negligible:
             # Zero at the reference, where training starts: it must not serve further steps.
             self._pulled = None
         return products
+
+    def _require_agreement(self, user_sq: float, alignment_sq: float) -> None:
+        """Check that all ranks are about to take the same step; replicas would drift apart otherwise."""
+        own = {name: getattr(self, name) for name in ("rho", "refresh_every", "max_grad_norm")}
+        own |= {"user gradients (by ||g||^2)": user_sq, "alignment gradients (by ||g||^2)": alignment_sq}
+        require_same(
+            own,
+            "Give all ranks the same options, and gradients averaged over them: DistributedDataParallel "
+            "and KLAlignment average, what you compute yourself has to be all-reduced.",
+        )
 
     def _operate(
         self,
@@ -434,8 +464,7 @@ class SafeGradOptimizer(Optimizer):
         for parameter, grad in zip(parameters, final, strict=True):
             parameter.grad = grad
         if self.max_grad_norm is not None:
-            total_norm = stats.final_norm.to(torch.float32)
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total_norm)
+            _clip_(parameters, self.max_grad_norm, stats.final_norm.to(torch.float32))
         self._stats = stats
         self._conflicts = self._conflicts + stats.conflict.long()
         self._negligible = self._negligible + stats.negligible.long()
@@ -490,6 +519,7 @@ def _check_own_memory(user_grads: AlignmentGrads, alignment_grads: AlignmentGrad
     for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
         if user is None or alignment is None:
             continue
+        user, alignment = local(user), local(alignment)
         strided = user.layout == alignment.layout == torch.strided
         if user is alignment or (strided and user.numel() > 0 and user.data_ptr() == alignment.data_ptr()):
             raise UnprotectedStepError(
@@ -499,7 +529,16 @@ def _check_own_memory(user_grads: AlignmentGrads, alignment_grads: AlignmentGrad
 
 
 def _version(grad: Tensor | None) -> int | None:
-    return None if grad is None else grad._version
+    return None if grad is None else local(grad)._version
+
+
+def _clip_(parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    # As torch.nn.utils.clip_grads_with_norm_, which cannot take sharded and plain gradients together.
+    factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = local(parameter.grad)
+            grad.mul_(factor.to(grad.device))
 
 
 def _in_order(grads: Mapping[Any, Tensor | None], keys: list[Any]) -> list[Tensor | None]:

@@ -8,6 +8,9 @@ Eq. 4 and 5 of the paper are one formula with one scalar:
 Nothing here reads a value back to the host, so the functions may be used inside a training step on
 any device. Sums are accumulated in fp32 or better and every gradient is rounded once.
 
+Sharded gradients (DTensors) stay where they are: each rank sums over its own part, each element is counted
+once, and one all-reduce of the sums gives every rank the same decision.
+
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
 """
 
@@ -17,7 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safegrad_optim.distributed import is_distributed_tensor
+from safegrad_optim.distributed import (
+    copies,
+    is_distributed_tensor,
+    is_partial,
+    local,
+    placement,
+    sum_over_ranks,
+)
 
 __all__ = [
     "GradientProducts",
@@ -71,9 +81,12 @@ class SurgeryStats(NamedTuple):
     negligible: Tensor
     """Whether g_align was zero or below the rounding of g_user, so that the step was a plain one."""
     residual_cosine: Tensor
-    """Cosine with g_align of the user part of the final, rounded gradient: what rounding left."""
+    """Cosine with g_align of the user part of the final, rounded gradient: what rounding left.
+
+    NaN for sharded gradients, where it would take a second all-reduce.
+    """
     final_norm: Tensor
-    """||g'_user + rho g_align||, before any clipping."""
+    """||g'_user + rho g_align||, before any clipping; for sharded gradients before rounding as well."""
 
     def to_dict(self) -> dict[str, float]:
         """Read all values to the host at once, as floats by field name."""
@@ -89,8 +102,8 @@ def check_gradients(user_grads: Gradients, alignment_grads: Gradients) -> None:
         alignment_grads: gradients of the alignment loss in the same order.
 
     Raises:
-        ValueError: lengths, shapes, dtypes or devices differ, or a dtype has no gradients.
-        NotImplementedError: an entry is a distributed tensor.
+        ValueError: lengths, shapes, dtypes, devices or placements differ, or a dtype has no gradients.
+        NotImplementedError: an entry is a DTensor whose sum over ranks is pending (`Partial`).
     """
     if len(user_grads) != len(alignment_grads):
         raise ValueError(
@@ -101,10 +114,10 @@ def check_gradients(user_grads: Gradients, alignment_grads: Gradients) -> None:
         for gradient in (user, alignment):
             if gradient is None:
                 continue
-            if is_distributed_tensor(gradient):
+            if is_partial(gradient):
                 raise NotImplementedError(
-                    f"Gradient {index} is a DTensor, whose inner products would be local to a rank. "
-                    "Sharded parameters are not supported yet; use unsharded ones."
+                    f"Gradient {index} is placed as {placement(gradient)}: its sum over ranks is pending. "
+                    "Redistribute it to the placements of its parameter."
                 )
             if not (gradient.is_floating_point() or gradient.is_complex()):
                 raise ValueError(
@@ -116,6 +129,7 @@ def check_gradients(user_grads: Gradients, alignment_grads: Gradients) -> None:
             ("shape", tuple(user.shape), tuple(alignment.shape)),
             ("dtype", user.dtype, alignment.dtype),
             ("device", user.device, alignment.device),
+            ("placement", placement(user), placement(alignment)),
         ):
             if found != other:
                 raise ValueError(
@@ -130,6 +144,8 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
 
     <u, a> = sum_i sum(u_i * a_i), likewise <u, u> and <a, a>, one sum over all tensors together.
 
+    With DTensors among them all ranks have to call this, and it takes one all-reduce.
+
     Args:
         user_grads: gradients of the user's loss, `None` where a parameter has none.
         alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
@@ -141,11 +157,14 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
         ValueError: the lists cannot be combined, see `check_gradients`.
     """
     check_gradients(user_grads, alignment_grads)
+    sharded = _is_sharded(user_grads, alignment_grads)
     cross: list[Tensor] = []
     user_sq: list[Tensor] = []
     shared_sq: list[Tensor] = []
     other_sq: list[Tensor] = []
     for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
+        held = _held(user, alignment) if sharded else 1
+        user, alignment = _local(user), _local(alignment)
         if user is not None and alignment is not None:
             if user.layout != alignment.layout:
                 raise ValueError(
@@ -154,19 +173,20 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
                 )
             for u, a in _pieces(user, alignment):
                 u, a = _widen(u), _widen(a)
-                cross.append(_dot(u, a))
-                user_sq.append(_dot(u, u))
-                shared_sq.append(_dot(a, a))
+                cross.append(_once(_dot(u, a), held))
+                user_sq.append(_once(_dot(u, u), held))
+                shared_sq.append(_once(_dot(a, a), held))
         elif user is not None:
-            user_sq.extend(_dot(_widen(u), _widen(u)) for (u,) in _pieces(user))
+            user_sq.extend(_once(_dot(_widen(u), _widen(u)), held) for (u,) in _pieces(user))
         elif alignment is not None:
-            other_sq.extend(_dot(_widen(a), _widen(a)) for (a,) in _pieces(alignment))
+            other_sq.extend(_once(_dot(_widen(a), _widen(a)), held) for (a,) in _pieces(alignment))
     device = _device(user_grads, alignment_grads)
-    shared = _total(shared_sq, device)
+    sums = torch.stack([_total(values, device) for values in (cross, user_sq, shared_sq, other_sq)])
+    inner, user_total, shared, other = (sum_over_ranks(sums) if sharded else sums).unbind()
     return GradientProducts(
-        inner_product=_total(cross, device),
-        user_sq_norm=_total(user_sq, device),
-        alignment_sq_norm=shared + _total(other_sq, device),
+        inner_product=inner,
+        user_sq_norm=user_total,
+        alignment_sq_norm=shared + other,
         shared_alignment_sq_norm=shared,
         eps=_eps(user_grads, alignment_grads),
     )
@@ -246,6 +266,7 @@ def combine_(
     if products is None:
         products = inner_products(user_grads, alignment_grads)
     conflict, negligible, coefficient = _decide(products, rho)
+    sharded = _is_sharded(user_grads, alignment_grads)
 
     final: list[Tensor | None] = []
     cross: list[Tensor] = []
@@ -255,7 +276,10 @@ def combine_(
             final.append(None if alignment is None else alignment * rho)
             continue
         final.append(user)
+        user, alignment = local(user), _local(alignment)
         if alignment is None:
+            if sharded:
+                continue
             final_sq.extend(_dot(_widen(u), _widen(u)) for (u,) in _pieces(user))
             continue
         c = coefficient.to(user.device, _widened_dtype(user.dtype))
@@ -264,19 +288,28 @@ def combine_(
         for u, a in _pieces(user, alignment):
             if not user.is_sparse:
                 _add_scaled_(u, a, c)
+            if sharded:
+                continue
             u, a = _widen(u), _widen(a)
             cross.append(_dot(u, a))
             final_sq.append(_dot(u, u))
 
     device = products.inner_product.device
-    other_sq = products.alignment_sq_norm - products.shared_alignment_sq_norm
-    shared_sq_norm = _total(final_sq, device)
-    residual_product = _total(cross, device) - rho * products.shared_alignment_sq_norm
-    # ||g'_user||^2 with g'_user = g - rho a over the parameters that have a user gradient.
-    residual_sq_norm = (
-        shared_sq_norm - 2 * rho * _total(cross, device) + rho**2 * products.shared_alignment_sq_norm
-    ).clamp(min=0)
+    shared_sq = products.shared_alignment_sq_norm
+    other_sq = products.alignment_sq_norm - shared_sq
     user_norm, alignment_norm = products.user_sq_norm.sqrt(), products.alignment_sq_norm.sqrt()
+    if sharded:
+        # ||u + c a||^2 from the sums that all ranks have, instead of another all-reduce.
+        moved = 2 * products.inner_product + coefficient * shared_sq
+        shared_sq_norm = (products.user_sq_norm + coefficient * moved).clamp(min=0)
+        residual_cosine = torch.full_like(alignment_norm, torch.nan)
+    else:
+        shared_sq_norm = _total(final_sq, device)
+        residual_product = _total(cross, device) - rho * shared_sq
+        # ||g'_user||^2 with g'_user = g - rho a over the parameters that have a user gradient.
+        residual_sq_norm = shared_sq_norm - 2 * rho * _total(cross, device) + rho**2 * shared_sq
+        residual_norm = residual_sq_norm.clamp(min=0).sqrt()
+        residual_cosine = _cosine(residual_product, residual_norm, alignment_norm)
     stats = SurgeryStats(
         inner_product=products.inner_product,
         cosine=_cosine(products.inner_product, user_norm, alignment_norm),
@@ -284,7 +317,7 @@ def combine_(
         alignment_norm=alignment_norm,
         conflict=conflict,
         negligible=negligible,
-        residual_cosine=_cosine(residual_product, residual_sq_norm.sqrt(), alignment_norm),
+        residual_cosine=residual_cosine,
         final_norm=(shared_sq_norm + rho**2 * other_sq).sqrt(),
     )
     return final, stats
@@ -307,6 +340,24 @@ def _add_scaled_(user: Tensor, alignment: Tensor, coefficient: Tensor) -> None:
         user.addcmul_(alignment, coefficient)
     else:
         user.copy_(_widen(user).addcmul_(_widen(alignment), coefficient))
+
+
+def _is_sharded(*lists: Gradients) -> bool:
+    return any(g is not None and is_distributed_tensor(g) for gradients in lists for g in gradients)
+
+
+def _held(user: Tensor | None, alignment: Tensor | None) -> int:
+    """How many ranks hold the elements of an entry that this one holds, and so add them up as well."""
+    gradient = alignment if user is None else user
+    return 1 if gradient is None else copies(gradient)
+
+
+def _once(value: Tensor, held: int) -> Tensor:
+    return value if held == 1 else value.double() / held
+
+
+def _local(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else local(gradient)
 
 
 def _pieces(*gradients: Tensor) -> Iterator[tuple[Tensor, ...]]:

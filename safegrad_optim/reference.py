@@ -45,13 +45,16 @@ class AdaptersOff:
     def open(self) -> Iterator[nn.Module]:
         self._check()
         # Switching adapters on again makes all of them trainable, also those the user froze.
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        flags: list[tuple[Tensor, bool]] = [
+            (parameter, parameter.requires_grad) for parameter in self.model.parameters()
+        ]
         try:
             with self.model.disable_adapter():  # type: ignore[operator]
+                # Off makes none trainable, which FSDP2 would note for good at its first forward.
+                _restore(flags)
                 yield self.model
         finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+            _restore(flags)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         adapters = self._adapter_parameters()
@@ -131,6 +134,11 @@ class CurrentModel:
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.model.named_parameters()
+
+
+def _restore(flags: list[tuple[Tensor, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 def _is_merged(module: nn.Module) -> bool:

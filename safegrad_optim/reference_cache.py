@@ -1,6 +1,5 @@
 """The reference, computed once: kept in memory or in a safetensors file that knows what it is of."""
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Iterable
@@ -10,7 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from safegrad_optim.safety_batches import Batch
+from safegrad_optim.distributed import local, sum_of_shards
+from safegrad_optim.safety_batches import Batch, Positions, contents_digest
 
 __all__ = ["Fingerprint", "ReferenceCache", "fingerprint"]
 
@@ -36,30 +36,28 @@ def fingerprint(
     named_parameters: Iterable[tuple[str, Tensor]],
     batches: list[Batch],
     *,
-    positions: str,
+    positions: Positions,
     kind: Kind,
     autocast_dtype: torch.dtype | None,
 ) -> Fingerprint:
     """Compute the fingerprint of the reference that these parameters give on these batches.
 
     Args:
-        named_parameters: the reference's parameters, of any device.
+        named_parameters: the reference's parameters, of any device; sharded ones have the fingerprint of
+            the whole, which takes one all-reduce.
         batches: the safety batches in order.
         positions: which tokens are compared.
         kind: what is cached for each of them.
         autocast_dtype: dtype of autocast, `None` for none.
     """
-    architecture, weights, contents = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    for name, tensor in named_parameters:
+    architecture, weights = hashlib.sha256(), hashlib.sha256()
+    names, tensors = zip(*named_parameters, strict=True)
+    for name, tensor in zip(names, tensors, strict=True):
         architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        weights.update(_bit_sum(tensor).to_bytes(8, "little", signed=True))
-    contents.update(positions.encode())
-    for batch in batches:
-        for name in sorted(batch):
-            contents.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}\n".encode())
-            contents.update(_bytes(batch[name]))
+    for value in sum_of_shards(tensors, [_bit_sum(local(tensor)) for tensor in tensors]):
+        weights.update(value.to_bytes(8, "little", signed=True))
     return Fingerprint(
-        batches=contents.hexdigest(),
+        batches=contents_digest(batches, positions),
         precision=f"{kind}, autocast {autocast_dtype}",
         architecture=architecture.hexdigest(),
         weights=weights.hexdigest(),
@@ -155,9 +153,3 @@ def _short(value: str) -> str:
 def _bit_sum(tensor: Tensor) -> int:
     """Sum of a tensor's bit patterns modulo 2^64: exact, and the same on every device."""
     return int(tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    tensor = tensor.detach().cpu().contiguous()
-    # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

@@ -1,12 +1,14 @@
 """Safety batches: from whatever the user has to a checked list, and the order they are taken in."""
 
+import ctypes
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "BatchOrder", "Positions", "as_batches", "position_mask"]
+__all__ = ["IGNORE_INDEX", "BatchOrder", "Positions", "as_batches", "contents_digest", "position_mask"]
 
 IGNORE_INDEX = -100
 Positions = Literal["response", "all"]
@@ -61,6 +63,16 @@ def position_mask(batch: Batch, positions: Positions) -> Tensor:
     mask = torch.zeros_like(compared)
     mask[:, :-1] = compared[:, 1:]
     return mask
+
+
+def contents_digest(batches: list[Batch], positions: Positions) -> str:
+    """Return a SHA-256 digest of the contents of safety batches and of which positions are compared."""
+    contents = hashlib.sha256(positions.encode())
+    for batch in batches:
+        for name in sorted(batch):
+            contents.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}\n".encode())
+            contents.update(_bytes(batch[name]))
+    return contents.hexdigest()
 
 
 class BatchOrder:
@@ -154,3 +166,9 @@ def _check(batch: Batch, index: int, positions: Positions) -> None:
             f"{IGNORE_INDEX}. Label the response tokens with their ids; check that truncation has "
             "not cut the responses away."
         )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    tensor = tensor.detach().cpu().contiguous()
+    # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

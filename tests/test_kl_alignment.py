@@ -345,13 +345,6 @@ def test_a_model_without_trainable_parameters_is_refused():
         alignment(parameters)
 
 
-def test_several_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match="2 ranks"):
-        KLAlignment(tiny_peft(), safety_rows())
-
-
 def test_second_adapter_switched_off_with_the_first():
     model = tiny_peft()
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))

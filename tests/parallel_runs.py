@@ -1,0 +1,266 @@
+"""Training runs that are the same in one process and, parallel in some way, in several."""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from safegrad_optim import KLAlignment, LossAlignment, SafeGradOptimizer, alignment, optimizer
+from tests.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
+from tests.parallel_models import full, parallel, tensor_parallel, unreduced
+
+STEPS = 5
+USER_ROWS = 4
+
+
+def user_batch(step, part, rank=0, size=1):
+    """This rank's rows of one micro-batch of a step."""
+    generator = torch.Generator().manual_seed(10 * step + part)
+    return torch.randint(3, 60, (USER_ROWS, 8), generator=generator)[rank::size]
+
+
+def user_loss(model, ids):
+    logits = model(input_ids=ids).logits
+    logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+        ids[:, 1:].flatten(),
+    )
+
+
+def build(
+    mode=None,
+    kind="full",
+    dtype=torch.float32,
+    optimizer="sgd",
+    rows=5,
+    given="wrapped",
+    parallel_options=None,
+    align="kl",
+    alignment_options=None,
+    **options,
+):
+    settings = {"batch_size": 5} | (alignment_options or {})
+    if kind == "peft":
+        # Away from the reference, near which the gradient of KL is a difference of equals, and from
+        # zero, relative to which any rounding is large.
+        model = tiny_peft(dtype=dtype)
+        perturb(model, 0.1)
+        settings |= {"resumed": True} if align == "kl" else {}
+    else:
+        model = tiny_model(dtype=dtype, num_key_value_heads=2)
+    inner = model
+    make = KLAlignment if align == "kl" else LossAlignment
+    early = make(inner, safety_rows(rows), **settings) if given == "before" else None
+    model, rank, size = parallel(model, mode, parallel_options or {})
+    aligned = early or make({"wrapped": model, "inner": inner}[given], safety_rows(rows), **settings)
+    if optimizer == "adamw":
+        base = torch.optim.AdamW(trainable(model), lr=1e-3, eps=1e-4)
+    else:
+        base = torch.optim.SGD(trainable(model), lr=0.05, momentum=0.9)
+    return model, SafeGradOptimizer(base, aligned, **options), rank, size
+
+
+def train(micro_batches=1, steps=STEPS, **options):
+    """Train and return the full parameters, counts and statistics."""
+    model, wrapped, rank, size = build(**options)
+    stats = []
+    for step in range(steps):
+        for part in range(micro_batches):
+            ids = user_batch(step, part, rank, size)
+            last = part == micro_batches - 1
+            with contextlib.nullcontext() if last else unreduced(model):
+                (user_loss(model, ids) / micro_batches).backward()
+        wrapped.step()
+        wrapped.zero_grad()
+        stats.append(wrapped.stats.to_dict() | {"loss": float(wrapped.alignment.last_loss)})
+    parameters = [full(parameter) for parameter in trainable(model)]
+    return {"parameters": parameters, "counts": tuple(wrapped.counts), "stats": stats}
+
+
+def train_without_reduction(noticed, **options):
+    """The classic bug: each rank projects on the gradient of its own safety rows."""
+    saved = alignment.mean_over_ranks, optimizer.require_same
+    alignment.mean_over_ranks = lambda loss, parameters=(), grads=(): (loss, list(grads))
+    if not noticed:
+        optimizer.require_same = lambda values, advice: None
+    try:
+        return train(**options)
+    finally:
+        alignment.mean_over_ranks, optimizer.require_same = saved
+
+
+NOT_SENT = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives inside, and the bytes of the larger of what goes in and what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if func.namespace in ("c10d", "_c10d_functional") and name not in NOT_SENT:
+            tensors = [value for value in torch.utils._pytree.tree_leaves(args) if hasattr(value, "nbytes")]
+            self.seen.append((name, max(tensor.nbytes for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(**options):
+    """The collectives of a step, of the next with the same alignment gradient, and of the user's part."""
+    model, wrapped, rank, size = build(refresh_every=2, **options)
+    users, found = [], []
+    for _ in range(4):
+        with Collectives() as seen:
+            backward(model, rank, size)
+        users.append(seen.seen)
+        with Collectives() as seen:
+            wrapped.step()
+        found.append(seen.seen)
+        wrapped.zero_grad()
+    # The first step's alignment gradient is zero and serves no other; until then options are compared.
+    sizes = [parameter.numel() for parameter in trainable(model)]
+    return {"refreshed": found[3], "reused": found[2], "user": users[3], "sizes": sizes}
+
+
+def stays_as_it_was(micro_batches, **options):
+    """Largest difference that alignment gradients between the user's backward passes make to a gradient."""
+    found = []
+    for interrupted in (False, True):
+        model, wrapped, rank, size = build(mode="ddp", **options)
+        for step in range(3):
+            for part in range(micro_batches):
+                ids = user_batch(step, part, rank, size)
+                with unreduced(model) if part < micro_batches - 1 else contextlib.nullcontext():
+                    user_loss(model, ids).backward()
+                if interrupted:
+                    wrapped.alignment(trainable(model))
+            found += [full(parameter.grad) for parameter in trainable(model)]
+            wrapped.base_optimizer.step()
+            wrapped.zero_grad()
+    half = len(found) // 2
+    return max(float((a - b).abs().max()) for a, b in zip(found[:half], found[half:], strict=True))
+
+
+def settings_after_step(**options):
+    """FSDP2 settings and shardedness before and after a step."""
+    model, wrapped, rank, size = build(mode="fsdp", **options)
+    sharded = [isinstance(parameter, DTensor) for parameter in model.parameters()]
+    backward(model, rank, size)
+    model.set_requires_gradient_sync(False)
+    model.set_is_last_backward(False)
+    model.set_reshard_after_backward(False)
+    wrapped.step()
+    sharded += [isinstance(parameter, DTensor) for parameter in model.parameters()]
+    state = model._get_fsdp_state()
+    (group,) = state._fsdp_param_groups
+    return all(sharded), group.reduce_grads, state._state_ctx.is_last_backward, group.reshard_after_backward
+
+
+def fingerprint_of(mode, kind="full"):
+    _, wrapped, _, _ = build(mode=mode, kind=kind)
+    return wrapped.alignment.state_dict()["reference"]
+
+
+def backward(model, rank, size):
+    user_loss(model, user_batch(0, 0, rank, size)).backward()
+
+
+# --- faults: each of these has to raise on all ranks -------------------------------------------------
+
+
+def alignment_is_not_finite_on_a_rank(mode):
+    model, wrapped, rank, size = build(mode=mode)
+    backward(model, rank, size)
+    losses = wrapped.alignment._losses
+    scale = float("nan") if dist.get_rank() == 1 else 1.0
+    wrapped.alignment._losses = lambda index: (loss * scale for loss in losses(index))
+    take_refused_step(model, wrapped)
+
+
+def user_gradient_is_not_finite_on_a_rank(mode):
+    model, wrapped, rank, size = build(mode=mode)
+    backward(model, rank, size)
+    if dist.get_rank() == 1:
+        shards = [p.grad.to_local() for p in trainable(model) if isinstance(p.grad, DTensor)]
+        next(shard for shard in shards if shard.numel()).fill_(torch.nan)
+    take_refused_step(model, wrapped)
+
+
+def take_refused_step(model, wrapped):
+    before = [full(parameter) for parameter in trainable(model)]
+    try:
+        wrapped.step()
+    finally:
+        after = [full(parameter) for parameter in trainable(model)]
+        if not all(map(torch.equal, before, after)):
+            raise AssertionError("the refused step has moved parameters")
+
+
+def user_gradient_is_not_reduced(mode, again):
+    """The last backward pass of a step without reduction; with `again` after one that was reduced."""
+    model, wrapped, rank, size = build(mode=mode, kind="peft")
+    if again:
+        backward(model, rank, size)
+    with unreduced(model):
+        backward(model, rank, size)
+    wrapped.step()
+
+
+def alignment_gradients_of_their_own():
+    """What a callable does that forgets to average over ranks."""
+    model, wrapped, rank, size = build(mode="ddp")
+    backward(model, rank, size)
+    own = [parameter.grad * (1 + rank) for parameter in trainable(model)]
+    wrapped.set_alignment_grad(own)
+    wrapped.step()
+
+
+def other_rows_on_a_rank():
+    KLAlignment(tiny_peft(), safety_rows(seed=dist.get_rank()))
+
+
+def other_rho_on_a_rank():
+    train(mode="ddp", rho=1.0 + dist.get_rank())
+
+
+def tensor_parallel_after_the_alignment():
+    _, wrapped, _, _ = build(mode="ddp")
+    tensor_parallel(wrapped.alignment.model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    wrapped.alignment(trainable(wrapped.alignment.model))
+
+
+def fsdp1():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    KLAlignment(FullyShardedDataParallel(tiny_model(), device_id=torch.device("cpu")), safety_rows())
+
+
+def deepspeed_zero3():
+    model = tiny_peft()
+    next(model.parameters()).ds_id = 0
+    KLAlignment(model, safety_rows())
+
+
+def ddp_of_a_part_of_the_ranks():
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    model = torch.nn.parallel.DistributedDataParallel(tiny_peft(), process_group=groups[dist.get_rank()])
+    KLAlignment(model, safety_rows())
+
+
+def with_cache_file():
+    KLAlignment(tiny_peft(), safety_rows(), cache_file="reference.safetensors")
+
+
+def dies_before_the_step(dying):
+    model, wrapped, rank, size = build(mode="fsdp")
+    backward(model, rank, size)
+    if rank == dying:
+        os._exit(1)
+    wrapped.step()
