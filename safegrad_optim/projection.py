@@ -14,12 +14,14 @@ once, and one all-reduce of the sums gives every rank the same decision.
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from safegrad_optim.blocks import blocks, widened_dtype
 from safegrad_optim.distributed import (
     copies,
     is_distributed_tensor,
@@ -40,11 +42,6 @@ __all__ = [
 ]
 
 Gradients = Sequence[Tensor | None]
-
-# Elements handled at a time: on a CPU the pieces stay in cache between their two reads, elsewhere
-# pieces only bound the fp32 copy of a half-precision gradient (and keep `torch.dot` in int32).
-_CPU_PIECE = 1 << 18
-_DEVICE_PIECE = 1 << 26
 
 
 class GradientProducts(NamedTuple):
@@ -86,7 +83,7 @@ class SurgeryStats(NamedTuple):
     NaN for sharded gradients, where it would take a second all-reduce.
     """
     final_norm: Tensor
-    """||g'_user + rho g_align||, before any clipping; for sharded gradients before rounding as well."""
+    """||g'_user + rho g_align||, before rounding and clipping."""
 
     def to_dict(self) -> dict[str, float]:
         """Read all values to the host at once, as floats by field name."""
@@ -158,12 +155,15 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
     """
     check_gradients(user_grads, alignment_grads)
     sharded = _is_sharded(user_grads, alignment_grads)
+    both: list[tuple[tuple[Tensor, ...], float]] = []
+    user_only, alignment_only = both.copy(), both.copy()
     cross: list[Tensor] = []
     user_sq: list[Tensor] = []
     shared_sq: list[Tensor] = []
     other_sq: list[Tensor] = []
     for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
-        held = _held(user, alignment) if sharded else 1
+        # Each rank that holds the same elements adds them up as well.
+        share = 1 / _held(user, alignment) if sharded else 1.0
         user, alignment = _local(user), _local(alignment)
         if user is not None and alignment is not None:
             if user.layout != alignment.layout:
@@ -171,15 +171,20 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
                     f"Gradient {index}: user-task layout {user.layout} != alignment layout "
                     f"{alignment.layout}. Build both with the same model."
                 )
-            for u, a in _pieces(user, alignment):
-                u, a = _widen(u), _widen(a)
-                cross.append(_once(_dot(u, a), held))
-                user_sq.append(_once(_dot(u, u), held))
-                shared_sq.append(_once(_dot(a, a), held))
+            both.append((_dense(user, alignment), share))
         elif user is not None:
-            user_sq.extend(_once(_dot(_widen(u), _widen(u)), held) for (u,) in _pieces(user))
+            user_only.append((_dense(user), share))
         elif alignment is not None:
-            other_sq.extend(_once(_dot(_widen(a), _widen(a)), held) for (a,) in _pieces(alignment))
+            alignment_only.append((_dense(alignment), share))
+    for block in blocks(both):
+        u, a = block.values
+        cross.append(_dot(u, a, block.weight))
+        user_sq.append(_dot(u, u, block.weight))
+        shared_sq.append(_dot(a, a, block.weight))
+    for squares, one_sided in ((user_sq, user_only), (other_sq, alignment_only)):
+        for block in blocks(one_sided):
+            (value,) = block.values
+            squares.append(_dot(value, value, block.weight))
     device = _device(user_grads, alignment_grads)
     sums = torch.stack([_total(values, device) for values in (cross, user_sq, shared_sq, other_sq)])
     inner, user_total, shared, other = (sum_over_ranks(sums) if sharded else sums).unbind()
@@ -246,7 +251,7 @@ def combine_(
 ) -> tuple[list[Tensor | None], SurgeryStats]:
     """In-place twin of `combine`: the tensors of `user_grads` become the final gradient.
 
-    Extra memory is one piece of a gradient, not a copy of it; `alignment_grads` is only read.
+    Extra memory is one block of each gradient, not a copy of it; `alignment_grads` is only read.
 
     Args:
         user_grads: gradients of the user's loss, overwritten; `None` where a parameter has none.
@@ -268,48 +273,36 @@ def combine_(
     conflict, negligible, coefficient = _decide(products, rho)
     sharded = _is_sharded(user_grads, alignment_grads)
 
-    final: list[Tensor | None] = []
+    final = [
+        alignment * rho if user is None and alignment is not None else user
+        for user, alignment in zip(user_grads, alignment_grads, strict=True)
+    ]
+    scale = cache(coefficient.to)
     cross: list[Tensor] = []
-    final_sq: list[Tensor] = []
+    dense: list[tuple[tuple[Tensor, ...], float]] = []
     for user, alignment in zip(user_grads, alignment_grads, strict=True):
-        if user is None:
-            final.append(None if alignment is None else alignment * rho)
+        if user is None or alignment is None:
             continue
-        final.append(user)
-        user, alignment = local(user), _local(alignment)
-        if alignment is None:
-            if sharded:
-                continue
-            final_sq.extend(_dot(_widen(u), _widen(u)) for (u,) in _pieces(user))
-            continue
-        c = coefficient.to(user.device, _widened_dtype(user.dtype))
         if user.is_sparse:
-            user.add_(alignment * c.to(user.dtype))
-        for u, a in _pieces(user, alignment):
-            if not user.is_sparse:
-                _add_scaled_(u, a, c)
-            if sharded:
-                continue
-            u, a = _widen(u), _widen(a)
-            cross.append(_dot(u, a))
-            final_sq.append(_dot(u, u))
+            user.add_(alignment * scale(user.device, user.dtype))
+            for block in blocks([(_dense(user, alignment), 1.0)]):
+                u, a = block.values
+                cross.append(_dot(u, a))
+        else:
+            dense.append(((local(user), local(alignment)), 1.0))
+    for block in blocks(dense):
+        u, a = block.values
+        u.addcmul_(a, scale(u.device, u.dtype))
+        block.write_first()
+        # Sharded, the product would be this rank's, and the sum over ranks another all-reduce.
+        cross.append(_dot(u, a) if not sharded else torch.full_like(products.inner_product, torch.nan))
 
-    device = products.inner_product.device
     shared_sq = products.shared_alignment_sq_norm
-    other_sq = products.alignment_sq_norm - shared_sq
     user_norm, alignment_norm = products.user_sq_norm.sqrt(), products.alignment_sq_norm.sqrt()
-    if sharded:
-        # ||u + c a||^2 from the sums that all ranks have, instead of another all-reduce.
-        moved = 2 * products.inner_product + coefficient * shared_sq
-        shared_sq_norm = (products.user_sq_norm + coefficient * moved).clamp(min=0)
-        residual_cosine = torch.full_like(alignment_norm, torch.nan)
-    else:
-        shared_sq_norm = _total(final_sq, device)
-        residual_product = _total(cross, device) - rho * shared_sq
-        # ||g'_user||^2 with g'_user = g - rho a over the parameters that have a user gradient.
-        residual_sq_norm = shared_sq_norm - 2 * rho * _total(cross, device) + rho**2 * shared_sq
-        residual_norm = residual_sq_norm.clamp(min=0).sqrt()
-        residual_cosine = _cosine(residual_product, residual_norm, alignment_norm)
+    removal = coefficient - rho
+    residual_norm = _norm_of_sum(products, removal)
+    residual_product = _total(cross, products.inner_product.device) - rho * shared_sq
+    unshared_sq = products.alignment_sq_norm - shared_sq
     stats = SurgeryStats(
         inner_product=products.inner_product,
         cosine=_cosine(products.inner_product, user_norm, alignment_norm),
@@ -317,8 +310,8 @@ def combine_(
         alignment_norm=alignment_norm,
         conflict=conflict,
         negligible=negligible,
-        residual_cosine=residual_cosine,
-        final_norm=(shared_sq_norm + rho**2 * other_sq).sqrt(),
+        residual_cosine=_cosine(residual_product, residual_norm, alignment_norm),
+        final_norm=(_norm_of_sum(products, coefficient) ** 2 + rho**2 * unshared_sq).sqrt(),
     )
     return final, stats
 
@@ -335,11 +328,10 @@ def _decide(products: GradientProducts, rho: float) -> tuple[Tensor, Tensor, Ten
     return conflict, negligible, rho + removal
 
 
-def _add_scaled_(user: Tensor, alignment: Tensor, coefficient: Tensor) -> None:
-    if user.dtype == coefficient.dtype:
-        user.addcmul_(alignment, coefficient)
-    else:
-        user.copy_(_widen(user).addcmul_(_widen(alignment), coefficient))
+def _norm_of_sum(products: GradientProducts, coefficient: Tensor) -> Tensor:
+    """||g_user + c g_align|| over the parameters that have a user gradient."""
+    moved = 2 * products.inner_product + coefficient * products.shared_alignment_sq_norm
+    return (products.user_sq_norm + coefficient * moved).clamp(min=0).sqrt()
 
 
 def _is_sharded(*lists: Gradients) -> bool:
@@ -352,52 +344,28 @@ def _held(user: Tensor | None, alignment: Tensor | None) -> int:
     return 1 if gradient is None else copies(gradient)
 
 
-def _once(value: Tensor, held: int) -> Tensor:
-    return value if held == 1 else value.double() / held
-
-
 def _local(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else local(gradient)
 
 
-def _pieces(*gradients: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same elements of each gradient, 1-D and of bounded size where strides allow it."""
-    first = gradients[0]
-    if first.is_sparse:
-        yield from zip(*(_aligned_values(gradients)), strict=True)
-        return
-    if first.is_complex():
-        gradients = tuple(torch.view_as_real(gradient.resolve_conj()) for gradient in gradients)
-    if not all(gradient.is_contiguous() for gradient in gradients):
-        yield gradients
-        return
-    size = _CPU_PIECE if first.device.type == "cpu" else _DEVICE_PIECE
-    yield from zip(*(gradient.view(-1).split(size) for gradient in gradients), strict=True)
-
-
-def _aligned_values(gradients: tuple[Tensor, ...]) -> list[list[Tensor]]:
-    """Values of sparse COO gradients on the union of their indices, zeros where one has none."""
+def _dense(*gradients: Tensor) -> tuple[Tensor, ...]:
+    """Sparse COO gradients as their values on the union of their indices, zeros where one has none."""
+    if not gradients[0].is_sparse:
+        return gradients
     union = sum((gradient.detach() * 0 for gradient in gradients[1:]), gradients[0].detach() * 0)
-    return [[(gradient + union).coalesce().values()] for gradient in gradients]
+    return tuple((gradient + union).coalesce().values() for gradient in gradients)
 
 
-def _widened_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype.to_real(), torch.float32)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(_widened_dtype(tensor.dtype))
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.dot(left.reshape(-1), right.reshape(-1))
+def _dot(left: Tensor, right: Tensor, weight: float = 1.0) -> Tensor:
+    product = torch.dot(left, right)
+    return product if weight == 1.0 else product.double() * weight
 
 
 def _total(sums: list[Tensor], device: torch.device) -> Tensor:
     wide = torch.float32 if device.type == "mps" else torch.float64
     if not sums:
         return torch.zeros((), dtype=wide, device=device)
-    return torch.stack([value.to(device, wide) for value in sums]).sum()
+    return torch.stack([value.to(device) for value in sums]).to(wide).sum()
 
 
 def _cosine(inner_product: Tensor, norm: Tensor, other_norm: Tensor) -> Tensor:
@@ -416,4 +384,4 @@ def _device(*lists: Gradients) -> torch.device:
 
 def _eps(*lists: Gradients) -> float:
     present = [g.dtype for gradients in lists for g in gradients if g is not None]
-    return max((torch.finfo(_widened_dtype(dtype)).eps for dtype in present), default=0.0)
+    return max((torch.finfo(widened_dtype(dtype)).eps for dtype in present), default=0.0)

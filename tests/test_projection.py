@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safegrad_optim import combine, combine_, inner_products, project_conflicting, projection
+from safegrad_optim import blocks, combine, combine_, inner_products, project_conflicting
 from tests import oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -179,19 +179,22 @@ def test_half_precision_is_accumulated_in_fp32(dtype):
 
 
 def test_the_error_of_a_sum_does_not_grow_with_the_length_of_the_tensor():
-    # Equal terms are the worst case: all roundings go one way. Within a piece fp32 loses some 1e-5;
-    # carried on in fp32, forty pieces would lose forty times that.
-    user = [torch.full((40 * projection._CPU_PIECE + 5,), 0.1)]
-    expected = oracle.concatenate(user).square().sum().item()
-    assert float(inner_products(user, [None]).user_sq_norm) == pytest.approx(expected, rel=5e-5)
+    # Equal terms are the worst case: all roundings go one way. Carried on in fp32, ten blocks would lose
+    # ten times what one does.
+    def error(elements):
+        user = [torch.full((elements,), 0.1)]
+        exact = user[0].double().square().sum().item()
+        return abs(float(inner_products(user, [None]).user_sq_norm) / exact - 1)
+
+    assert error(10 * blocks._CPU.block) <= 1.1 * error(blocks._CPU.block) + 1e-6
 
 
 # --- layouts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pieces_strides_and_zero_dimensions(dtype):
-    shapes = [(projection._CPU_PIECE * 2 + 3,), (600, 450), (), (0, 3), (1,)]
+def test_blocks_strides_and_zero_dimensions(dtype):
+    shapes = [(blocks._CPU.block * 2 + 3,), (600, 450), (), (0, 3), (1,), *[(150, 200)] * 20]
     user, alignment = conflicting(shapes, dtype, scale=0.1)
     user[1] = user[1].t().contiguous().t()
     view = torch.zeros(600, 900, dtype=dtype)[:, ::2]
@@ -315,16 +318,18 @@ def test_rho_out_of_range(rho):
 
 
 class Watch(TorchDispatchMode):
-    """Count host reads and the largest new tensor."""
+    """Count host reads, kernels, and the elements of the largest new tensor."""
 
     def __init__(self):
         super().__init__()
         self.host_reads = 0
+        self.kernels = 0
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.host_reads += func is torch.ops.aten._local_scalar_dense.default
+        self.kernels += not func.is_view
         inputs = {value.untyped_storage().data_ptr() for value in args if isinstance(value, torch.Tensor)}
         for value in [result] if isinstance(result, torch.Tensor) else []:
             if value.untyped_storage().data_ptr() not in inputs:
@@ -333,12 +338,23 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place_surgery_reads_nothing_back_and_copies_one_piece(dtype):
-    user, alignment = conflicting([(4 * projection._CPU_PIECE,)] * 2, dtype)
+def test_in_place_surgery_reads_nothing_back_and_copies_one_block(dtype):
+    user, alignment = conflicting([(4 * blocks._CPU.block,)] * 2, dtype)
     with Watch() as watch:
         combine_(user, alignment, 1.0)
     assert watch.host_reads == 0
-    assert watch.largest <= (projection._CPU_PIECE if dtype == torch.bfloat16 else 100)
+    assert watch.largest <= (2 * blocks._CPU.block if dtype == torch.bfloat16 else 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_tensors_share_their_kernels(dtype):
+    counts = []
+    for tensors in (10, 400):
+        user, alignment = conflicting([(8, 64)] * tensors, dtype)
+        with Watch() as watch:
+            combine_(user, alignment, 1.0)
+        counts.append(watch.kernels)
+    assert counts[0] == counts[1]
 
 
 def test_statistics_are_read_at_once():
