@@ -98,6 +98,13 @@ def test_fsdp(ranks, size, options, training):
     assert_same_as_one_process(found, **training)
 
 
+@pytest.mark.parametrize("changed", ["evaluated", "summed"])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp_as_it_may_be_when_a_step_is_taken(ranks, changed, reshard):
+    options = {"parallel_options": {"reshard_after_forward": reshard}, changed: True}
+    assert_same_as_one_process(ranks(2, runs.train, mode="fsdp", **options))
+
+
 def test_fsdp_with_parameters_kept_on_the_cpu(ranks):
     options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
     found = ranks(2, runs.train, mode="fsdp", parallel_options=options, **ACCUMULATED)
@@ -110,6 +117,7 @@ def test_fsdp_with_parameters_kept_on_the_cpu(ranks):
         # Rounding as in fp32, so that nothing but rounding in bf16 is left to tell the two runs apart.
         (torch.float64, MixedPrecisionPolicy(torch.float32, torch.float64), 1e-6),
         (torch.float32, MixedPrecisionPolicy(torch.bfloat16, torch.float32), 2e-2),
+        (torch.bfloat16, MixedPrecisionPolicy(None, torch.float32), 2e-2),
     ],
 )
 def test_fsdp_in_mixed_precision(ranks, dtype, policy, tolerance):
@@ -174,17 +182,18 @@ def test_without_the_reduction_replicas_drift_apart(ranks):
 
 
 @pytest.mark.parametrize(
-    ("options", "micro_batches"),
+    ("options", "micro_batches", "head_unused"),
     [
-        ({}, 2),
-        ({"gradient_as_bucket_view": True}, 2),
-        ({"find_unused_parameters": True}, 2),
+        ({}, 2, False),
+        ({"gradient_as_bucket_view": True}, 2, False),
+        ({"find_unused_parameters": True}, 2, True),
         # torch itself fails where the first pass of a static graph is under no_sync.
-        ({"static_graph": True}, 1),
+        ({"static_graph": True}, 1, False),
     ],
 )
-def test_the_users_gradients_under_ddp_are_left_alone(ranks, options, micro_batches):
-    found = ranks(2, runs.stays_as_it_was, micro_batches=micro_batches, parallel_options=options)
+def test_the_users_gradients_under_ddp_are_left_alone(ranks, options, micro_batches, head_unused):
+    options = {"micro_batches": micro_batches, "head_unused": head_unused, "parallel_options": options}
+    found = ranks(2, runs.stays_as_it_was, **options)
     assert found == [0.0, 0.0]
 
 
@@ -233,6 +242,11 @@ def test_fsdp_settings_are_as_they_were(ranks, kind):
     assert ranks(2, runs.settings_after_step, kind=kind) == [(True, False, False, False)] * 2
 
 
+def test_ranks_scale_fp16_alike(ranks):
+    left, right = ranks(2, runs.fp16_scale_after_overflow)
+    assert left == right < 2.0**40
+
+
 # --- faults -------------------------------------------------------------------------------------------
 
 
@@ -243,8 +257,14 @@ def test_fsdp_settings_are_as_they_were(ranks, kind):
         (runs.alignment_is_not_finite_on_a_rank, {"mode": "fsdp"}, "alignment gradient is not finite"),
         (runs.user_gradient_is_not_finite_on_a_rank, {"mode": "fsdp"}, "user gradient is not finite"),
         (runs.user_gradient_is_not_finite_on_a_rank, {"mode": "tp"}, "user gradient is not finite"),
-        (runs.user_gradient_is_not_reduced, {"mode": "fsdp", "again": True}, "not reduced yet"),
-        (runs.user_gradient_is_not_reduced, {"mode": "ddp", "again": False}, "different user gradients"),
+        (runs.user_gradient_is_not_reduced, {"mode": "fsdp"}, "not reduced yet"),
+        (
+            runs.user_gradient_is_not_reduced,
+            {"mode": "fsdp", "parallel_options": {"mp_policy": MixedPrecisionPolicy(None, torch.float64)}},
+            "not reduced yet",
+        ),
+        (runs.user_gradient_is_not_reduced, {"mode": "hsdp", "scattered_only": True}, "not reduced yet"),
+        (runs.user_gradient_is_not_reduced, {"mode": "ddp"}, "different user gradients"),
         (runs.alignment_gradients_of_their_own, {}, "different alignment gradients"),
         (runs.other_rows_on_a_rank, {}, "Ranks were given different safety batches"),
         (runs.other_rho_on_a_rank, {}, "Ranks were given different rho: rank 0 has 1.0, rank 1 2.0"),
