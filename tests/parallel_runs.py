@@ -5,6 +5,8 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +65,24 @@ def build(
     else:
         base = torch.optim.SGD(trainable(model), lr=0.05, momentum=0.9)
     return model, SafeGradOptimizer(base, aligned, **options), rank, size
+
+
+def checkpointed(folder, start, steps, mode, **options):
+    """Go on from the sharded checkpoint of step `start`, take `steps` steps and save another."""
+    model, wrapped, rank, size = build(mode=mode, rows=6, alignment_options={"batch_size": 2}, **options)
+    if start:
+        weights, state = get_state_dict(model, wrapped)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{start}")
+        set_state_dict(model, wrapped, model_state_dict=weights, optim_state_dict=state)
+    for step in range(start, start + steps):
+        user_loss(model, user_batch(step, 0, rank, size)).backward()
+        wrapped.step()
+        wrapped.zero_grad()
+    weights, state = get_state_dict(model, wrapped)
+    if not start:
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{steps}")
+    momenta = [full(state["momentum_buffer"]) for state in wrapped.state.values()]
+    return [full(parameter) for parameter in trainable(model)] + momenta, tuple(wrapped.counts)
 
 
 def train(micro_batches=1, evaluated=False, summed=False, **options):

@@ -1,5 +1,6 @@
 """Several ranks take the steps of one process."""
 
+import functools
 import re
 
 import pytest
@@ -8,25 +9,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from tests import parallel_runs as runs
 from tests.ranks import RankError, Ranks
-
-
-@pytest.fixture(scope="module")
-def started():
-    groups = {}
-    yield groups
-    for group in groups.values():
-        group.stop()
-
-
-@pytest.fixture
-def ranks(started):
-    def run(size, function, **arguments):
-        if size not in started or not all(process.is_alive() for process in started[size].processes):
-            started[size] = Ranks(size)
-        return started[size](function, **arguments)
-
-    return run
-
 
 _trained = {}
 
@@ -240,6 +222,18 @@ def test_fingerprint_of_sharded_weights_is_that_of_the_whole(ranks, size, mode):
 @pytest.mark.parametrize("kind", ["full", "peft"])
 def test_fsdp_settings_are_as_they_were(ranks, kind):
     assert ranks(2, runs.settings_after_step, kind=kind) == [(True, False, False, False)] * 2
+
+
+@pytest.mark.parametrize("kind", ["full", "peft"])
+def test_sharded_checkpoint_goes_on_to_the_bit_and_on_any_number_of_ranks(ranks, kind, tmp_path):
+    run = functools.partial(runs.checkpointed, folder=str(tmp_path), kind=kind)
+    ranks(2, run, start=0, steps=2, mode="fsdp")
+    (expected, counts), _ = ranks(2, run, start=0, steps=5, mode="fsdp")
+    assert counts[1] > 0
+    for size, mode in [(2, "fsdp"), (4, "fsdp"), (4, "hsdp"), (1, "fsdp")]:
+        for found, found_counts in ranks(size, run, start=2, steps=3, mode=mode):
+            assert found_counts == counts
+            assert distance(found, expected) <= (0.0 if (size, mode) == (2, "fsdp") else 1e-6)
 
 
 def test_ranks_scale_fp16_alike(ranks):
