@@ -50,8 +50,7 @@ def local(tensor: Tensor) -> Tensor:
     if not is_distributed_tensor(tensor):
         return tensor
     shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    # The result of a collective that is still under way.
-    return shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard
+    return shard
 
 
 def whole(tensor: Tensor) -> Tensor:

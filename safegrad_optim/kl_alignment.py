@@ -142,7 +142,7 @@ class KLAlignment(Alignment):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the order of safety batches and the fingerprint of the reference's weights."""
-        return {**super().state_dict(), "reference": self._identity.weights}
+        return {**super().state_dict(), "reference": self._reference_number()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the safety batch that would have been next when `state` was saved.
@@ -150,14 +150,18 @@ class KLAlignment(Alignment):
         Raises:
             ValueError: the state is of a run with another reference, number of safety batches or seed.
         """
-        if state["reference"] != self._identity.weights:
+        if state["reference"] != self._reference_number():
             raise ValueError(
-                f"The saved run kept to a reference with weights {state['reference'][:12]}, this one has "
-                f"{self._identity.weights[:12]}: the model was fine-tuned before KLAlignment was built "
+                f"The saved run kept to a reference with weights {state['reference']:x}, this one has "
+                f"{self._reference_number():x}: the model was fine-tuned before KLAlignment was built "
                 "from it, or is another one. Build it from the aligned model before loading fine-tuned "
                 "weights; or give the cache_file of the saved run with resumed=True, or reference=."
             )
         super().load_state_dict(state)
+
+    def _reference_number(self) -> int:
+        # A number, because torch.distributed.checkpoint takes no other state of an optimizer.
+        return int(self._identity.weights[:15], 16)
 
     def _cached(self, path: Path | None, resumed: bool) -> ReferenceCache:
         drifted = resumed and isinstance(self._reference, CurrentModel)

@@ -235,11 +235,15 @@ class SafeGradOptimizer(Optimizer):
         """Return the base optimizer's state and, under "safegrad", what a resumed run needs besides.
 
         The bare optimizer loads it as well and leaves "safegrad" out: the counts, the alignment gradient
-        that still serves steps of `refresh_every`, and the `state_dict` of `alignment`.
+        that still serves steps of `refresh_every`, and the `state_dict` of `alignment`. All but the
+        gradient is in the first parameter group too, where torch.distributed.checkpoint keeps it.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = {**self.base_optimizer.state_dict(), _OWN_STATE: self._own_state()}
+        own = self._own_state()
+        state_dict = {**self.base_optimizer.state_dict(), _OWN_STATE: own}
+        first, *others = state_dict["param_groups"]
+        state_dict["param_groups"] = [{**first, **_as_numbers(own)}, *others]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -256,7 +260,8 @@ class SafeGradOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        own = state_dict.pop(_OWN_STATE, None)
+        state_dict["param_groups"], numbers = _without_numbers(state_dict["param_groups"])
+        own = state_dict.pop(_OWN_STATE, _from_numbers(numbers))
         pulled = None if own is None else self._fitting(own["pulled"])
         alignment: Any = self.alignment
         if own is not None and own["alignment"] is not None and hasattr(alignment, "load_state_dict"):
@@ -468,6 +473,36 @@ class SafeGradOptimizer(Optimizer):
         self._stats = stats
         self._conflicts = self._conflicts + stats.conflict.long()
         self._negligible = self._negligible + stats.negligible.long()
+
+
+def _as_numbers(own: dict[str, Any]) -> dict[str, float]:
+    """State of our own, less the gradient, as entries of a parameter group."""
+    numbers: dict[str, Any] = dict(zip(StepCounts._fields, own["counts"], strict=True))
+    alignment = own["alignment"] or {}
+    if all(isinstance(value, int | float) for value in alignment.values()):
+        numbers |= alignment
+    return {f"{_OWN_STATE}_{name}": value for name, value in numbers.items()}
+
+
+def _without_numbers(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Parameter groups as the base optimizer knows them, and our own entries."""
+    prefix = f"{_OWN_STATE}_"
+    numbers = {
+        key.removeprefix(prefix): value
+        for group in groups
+        for key, value in group.items()
+        if key.startswith(prefix)
+    }
+    bare = [{key: value for key, value in group.items() if not key.startswith(prefix)} for group in groups]
+    return bare, numbers
+
+
+def _from_numbers(numbers: dict[str, float]) -> dict[str, Any] | None:
+    if not numbers:
+        return None
+    counts = [numbers[name] for name in StepCounts._fields]
+    alignment = {name: value for name, value in numbers.items() if name not in StepCounts._fields}
+    return {"counts": counts, "pulled": None, "pulled_age": 0, "alignment": alignment or None}
 
 
 def _check_base(base: Optimizer) -> None:

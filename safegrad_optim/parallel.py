@@ -116,7 +116,7 @@ def _reshard(model: nn.Module) -> None:
 
 @contextmanager
 def synchronized(model: nn.Module) -> Iterator[None]:
-    """Have FSDP2 average the gradients of each backward pass and reshard, whatever it is set to outside.
+    """Have FSDP2 average the gradients of each backward pass, whatever it is set to, and reshard at the end.
 
     Raises:
         RuntimeError: a gradient of the user is accumulated but not reduced yet; it would be mixed in.
@@ -124,7 +124,6 @@ def synchronized(model: nn.Module) -> Iterator[None]:
     settings: dict[str, Any] = {
         "reduce_grads": True,
         "all_reduce_grads": True,
-        "reshard_after_backward": True,
         "gradient_divide_factor": None,
     }
     groups = _fsdp_groups(model)
@@ -137,11 +136,11 @@ def synchronized(model: nn.Module) -> Iterator[None]:
     contexts = [module._get_fsdp_state()._state_ctx for module in _fsdp_modules(model)]
     saved = [(group, {name: getattr(group, name) for name in settings}) for group in groups]
     last = [(context, context.is_last_backward) for context in contexts]
-    _reshard(model)
     try:
         for group in groups:
             vars(group).update(settings)
         for context in contexts:
+            # Else the reduction may still be under way when the gradients are read.
             context.is_last_backward = True
         yield
     finally:

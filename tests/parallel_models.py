@@ -4,7 +4,7 @@ import contextlib
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -78,6 +78,14 @@ def unreduced(model):
         model.set_requires_gradient_sync(True)
     else:
         yield
+
+
+def sum_gradients(model):
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo knows no other way to divide by a factor.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def full(tensor):

@@ -5,13 +5,15 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safegrad_optim import KLAlignment, LossAlignment, SafeGradOptimizer, alignment, optimizer
 from tests.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
-from tests.parallel_models import full, parallel, tensor_parallel, unreduced
+from tests.parallel_models import full, parallel, sum_gradients, tensor_parallel, unreduced
 
 STEPS = 5
 USER_ROWS = 4
@@ -65,16 +67,44 @@ def build(
     return model, SafeGradOptimizer(base, aligned, **options), rank, size
 
 
-def train(micro_batches=1, steps=STEPS, **options):
-    """Train and return the full parameters, counts and statistics."""
+def checkpointed(folder, start, steps, mode, **options):
+    """Go on from the sharded checkpoint of step `start`, take `steps` steps and save another."""
+    model, wrapped, rank, size = build(mode=mode, rows=6, alignment_options={"batch_size": 2}, **options)
+    if start:
+        weights, state = get_state_dict(model, wrapped)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{start}")
+        set_state_dict(model, wrapped, model_state_dict=weights, optim_state_dict=state)
+    for step in range(start, start + steps):
+        user_loss(model, user_batch(step, 0, rank, size)).backward()
+        wrapped.step()
+        wrapped.zero_grad()
+    weights, state = get_state_dict(model, wrapped)
+    if not start:
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{steps}")
+    momenta = [full(state["momentum_buffer"]) for state in wrapped.state.values()]
+    return [full(parameter) for parameter in trainable(model)] + momenta, tuple(wrapped.counts)
+
+
+def train(micro_batches=1, evaluated=False, summed=False, **options):
+    """Train and return the full parameters, counts and statistics.
+
+    Args:
+        evaluated: run the model without gradients before each step.
+        summed: have FSDP2 sum the gradients of losses that are shares of the whole.
+    """
     model, wrapped, rank, size = build(**options)
+    if summed:
+        sum_gradients(model)
     stats = []
-    for step in range(steps):
+    for step in range(STEPS):
         for part in range(micro_batches):
             ids = user_batch(step, part, rank, size)
             last = part == micro_batches - 1
             with contextlib.nullcontext() if last else unreduced(model):
-                (user_loss(model, ids) / micro_batches).backward()
+                (user_loss(model, ids) / micro_batches / (size if summed else 1)).backward()
+        if evaluated:
+            with torch.no_grad():
+                user_loss(model, ids)
         wrapped.step()
         wrapped.zero_grad()
         stats.append(wrapped.stats.to_dict() | {"loss": float(wrapped.alignment.last_loss)})
@@ -129,8 +159,8 @@ def collectives(**options):
     return {"refreshed": found[3], "reused": found[2], "user": users[3], "sizes": sizes}
 
 
-def stays_as_it_was(micro_batches, **options):
-    """Largest difference that alignment gradients between the user's backward passes make to a gradient."""
+def stays_as_it_was(micro_batches, head_unused=False, **options):
+    """Largest difference that alignment gradients between the user's passes make to a gradient."""
     found = []
     for interrupted in (False, True):
         model, wrapped, rank, size = build(mode="ddp", **options)
@@ -138,14 +168,20 @@ def stays_as_it_was(micro_batches, **options):
             for part in range(micro_batches):
                 ids = user_batch(step, part, rank, size)
                 with unreduced(model) if part < micro_batches - 1 else contextlib.nullcontext():
-                    user_loss(model, ids).backward()
+                    output = model(input_ids=ids, output_hidden_states=True)
+                    (output.hidden_states[-1] if head_unused else output.logits).pow(2).mean().backward()
+                # Arms DDP for a backward pass that never comes.
+                model(input_ids=ids)
                 if interrupted:
                     wrapped.alignment(trainable(model))
-            found += [full(parameter.grad) for parameter in trainable(model)]
+            grads = [parameter.grad for parameter in trainable(model)]
+            found += [None if grad is None else full(grad) for grad in grads]
             wrapped.base_optimizer.step()
             wrapped.zero_grad()
     half = len(found) // 2
-    return max(float((a - b).abs().max()) for a, b in zip(found[:half], found[half:], strict=True))
+    pairs = list(zip(found[:half], found[half:], strict=True))
+    assert all((a is None) == (b is None) for a, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs if a is not None)
 
 
 def settings_after_step(**options):
@@ -166,6 +202,15 @@ def settings_after_step(**options):
 def fingerprint_of(mode, kind="full"):
     _, wrapped, _, _ = build(mode=mode, kind=kind)
     return wrapped.alignment.state_dict()["reference"]
+
+
+def fp16_scale_after_overflow():
+    """The scale at which fp16 gradients are finite on all ranks, come from where those of one are not."""
+    model, wrapped, _, _ = build(mode="fsdp", kind="peft", dtype=torch.float16)
+    wrapped.alignment._fp16_scale = 2.0**40
+    grads = wrapped.alignment(trainable(model))
+    assert all(full(grad).isfinite().all() for grad in grads)
+    return wrapped.alignment._fp16_scale
 
 
 def backward(model, rank, size):
@@ -203,13 +248,17 @@ def take_refused_step(model, wrapped):
             raise AssertionError("the refused step has moved parameters")
 
 
-def user_gradient_is_not_reduced(mode, again):
-    """The last backward pass of a step without reduction; with `again` after one that was reduced."""
-    model, wrapped, rank, size = build(mode=mode, kind="peft")
-    if again:
+def user_gradient_is_not_reduced(mode, scattered_only=False, **options):
+    """The last backward pass of a step without reduction; under FSDP2 after one with it."""
+    model, wrapped, rank, size = build(mode=mode, kind="peft", **options)
+    if mode != "ddp":
         backward(model, rank, size)
-    with unreduced(model):
+    if scattered_only:
+        model.set_requires_all_reduce(False)
         backward(model, rank, size)
+    else:
+        with unreduced(model):
+            backward(model, rank, size)
     wrapped.step()
 
 

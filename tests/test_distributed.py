@@ -1,5 +1,6 @@
 """Several ranks take the steps of one process."""
 
+import functools
 import re
 
 import pytest
@@ -8,25 +9,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from tests import parallel_runs as runs
 from tests.ranks import RankError, Ranks
-
-
-@pytest.fixture(scope="module")
-def started():
-    groups = {}
-    yield groups
-    for group in groups.values():
-        group.stop()
-
-
-@pytest.fixture
-def ranks(started):
-    def run(size, function, **arguments):
-        if size not in started or not all(process.is_alive() for process in started[size].processes):
-            started[size] = Ranks(size)
-        return started[size](function, **arguments)
-
-    return run
-
 
 _trained = {}
 
@@ -98,6 +80,13 @@ def test_fsdp(ranks, size, options, training):
     assert_same_as_one_process(found, **training)
 
 
+@pytest.mark.parametrize("changed", ["evaluated", "summed"])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp_as_it_may_be_when_a_step_is_taken(ranks, changed, reshard):
+    options = {"parallel_options": {"reshard_after_forward": reshard}, changed: True}
+    assert_same_as_one_process(ranks(2, runs.train, mode="fsdp", **options))
+
+
 def test_fsdp_with_parameters_kept_on_the_cpu(ranks):
     options = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
     found = ranks(2, runs.train, mode="fsdp", parallel_options=options, **ACCUMULATED)
@@ -110,6 +99,7 @@ def test_fsdp_with_parameters_kept_on_the_cpu(ranks):
         # Rounding as in fp32, so that nothing but rounding in bf16 is left to tell the two runs apart.
         (torch.float64, MixedPrecisionPolicy(torch.float32, torch.float64), 1e-6),
         (torch.float32, MixedPrecisionPolicy(torch.bfloat16, torch.float32), 2e-2),
+        (torch.bfloat16, MixedPrecisionPolicy(None, torch.float32), 2e-2),
     ],
 )
 def test_fsdp_in_mixed_precision(ranks, dtype, policy, tolerance):
@@ -174,17 +164,18 @@ def test_without_the_reduction_replicas_drift_apart(ranks):
 
 
 @pytest.mark.parametrize(
-    ("options", "micro_batches"),
+    ("options", "micro_batches", "head_unused"),
     [
-        ({}, 2),
-        ({"gradient_as_bucket_view": True}, 2),
-        ({"find_unused_parameters": True}, 2),
+        ({}, 2, False),
+        ({"gradient_as_bucket_view": True}, 2, False),
+        ({"find_unused_parameters": True}, 2, True),
         # torch itself fails where the first pass of a static graph is under no_sync.
-        ({"static_graph": True}, 1),
+        ({"static_graph": True}, 1, False),
     ],
 )
-def test_the_users_gradients_under_ddp_are_left_alone(ranks, options, micro_batches):
-    found = ranks(2, runs.stays_as_it_was, micro_batches=micro_batches, parallel_options=options)
+def test_the_users_gradients_under_ddp_are_left_alone(ranks, options, micro_batches, head_unused):
+    options = {"micro_batches": micro_batches, "head_unused": head_unused, "parallel_options": options}
+    found = ranks(2, runs.stays_as_it_was, **options)
     assert found == [0.0, 0.0]
 
 
@@ -233,6 +224,23 @@ def test_fsdp_settings_are_as_they_were(ranks, kind):
     assert ranks(2, runs.settings_after_step, kind=kind) == [(True, False, False, False)] * 2
 
 
+@pytest.mark.parametrize("kind", ["full", "peft"])
+def test_sharded_checkpoint_goes_on_to_the_bit_and_on_any_number_of_ranks(ranks, kind, tmp_path):
+    run = functools.partial(runs.checkpointed, folder=str(tmp_path), kind=kind)
+    ranks(2, run, start=0, steps=2, mode="fsdp")
+    (expected, counts), _ = ranks(2, run, start=0, steps=5, mode="fsdp")
+    assert counts[1] > 0
+    for size, mode in [(2, "fsdp"), (4, "fsdp"), (4, "hsdp"), (1, "fsdp")]:
+        for found, found_counts in ranks(size, run, start=2, steps=3, mode=mode):
+            assert found_counts == counts
+            assert distance(found, expected) <= (0.0 if (size, mode) == (2, "fsdp") else 1e-6)
+
+
+def test_ranks_scale_fp16_alike(ranks):
+    left, right = ranks(2, runs.fp16_scale_after_overflow)
+    assert left == right < 2.0**40
+
+
 # --- faults -------------------------------------------------------------------------------------------
 
 
@@ -243,8 +251,14 @@ def test_fsdp_settings_are_as_they_were(ranks, kind):
         (runs.alignment_is_not_finite_on_a_rank, {"mode": "fsdp"}, "alignment gradient is not finite"),
         (runs.user_gradient_is_not_finite_on_a_rank, {"mode": "fsdp"}, "user gradient is not finite"),
         (runs.user_gradient_is_not_finite_on_a_rank, {"mode": "tp"}, "user gradient is not finite"),
-        (runs.user_gradient_is_not_reduced, {"mode": "fsdp", "again": True}, "not reduced yet"),
-        (runs.user_gradient_is_not_reduced, {"mode": "ddp", "again": False}, "different user gradients"),
+        (runs.user_gradient_is_not_reduced, {"mode": "fsdp"}, "not reduced yet"),
+        (
+            runs.user_gradient_is_not_reduced,
+            {"mode": "fsdp", "parallel_options": {"mp_policy": MixedPrecisionPolicy(None, torch.float64)}},
+            "not reduced yet",
+        ),
+        (runs.user_gradient_is_not_reduced, {"mode": "hsdp", "scattered_only": True}, "not reduced yet"),
+        (runs.user_gradient_is_not_reduced, {"mode": "ddp"}, "different user gradients"),
         (runs.alignment_gradients_of_their_own, {}, "different alignment gradients"),
         (runs.other_rows_on_a_rank, {}, "Ranks were given different safety batches"),
         (runs.other_rho_on_a_rank, {}, "Ranks were given different rho: rank 0 has 1.0, rank 1 2.0"),

@@ -428,5 +428,5 @@ def test_it_is_an_optimizer_and_adds_nothing_to_the_bases_state():
     bare_parameters = make_parameters()
     bare = torch.optim.AdamW(bare_parameters)
     train(bare_parameters, bare, 2)
-    assert optimizer.state_dict()["param_groups"] == bare.state_dict()["param_groups"]
+    assert base.state_dict()["param_groups"] == bare.state_dict()["param_groups"]
     assert [set(state) for state in base.state.values()] == [set(state) for state in bare.state.values()]

@@ -382,8 +382,7 @@ def test_distributed_checkpoint_of_model_and_optimizer(tmp_path):
 
     def fresh():
         model = tiny_peft()
-        # One safety batch: its place in the order is not part of such a checkpoint.
-        return model, safeguard(model, alignment=KLAlignment(model, safety_rows(3)))
+        return model, safeguard(model, alignment=KLAlignment(model, safety_rows(6), batch_size=2))
 
     model, optimizer = fresh()
     train(model, optimizer, 2)
@@ -392,7 +391,7 @@ def test_distributed_checkpoint_of_model_and_optimizer(tmp_path):
 
     resumed, resumed_optimizer = fresh()
     load(resumed, resumed_optimizer)
-    assert resumed_optimizer.counts.steps == 0
+    assert resumed_optimizer.counts.steps == 2
     train(resumed, resumed_optimizer, 2, start=2)
     assert_same(values(resumed), values(model))
     assert_same(resumed_optimizer.state_dict()["state"], optimizer.state_dict()["state"])

@@ -1,0 +1,94 @@
+"""SafeGrad under FSDP2, without a framework: full fine-tuning of SmolLM2 on poisoned data.
+
+    torchrun --nproc-per-node 2 examples/fsdp2.py
+    torchrun --nproc-per-node 2 examples/fsdp2.py --steps 40 --resume
+
+Each rank holds its part of parameters, gradients and optimizer state. The user task is the routing of
+support tickets; 30 % of the rows are unsafe requests with the opening of a compliant reply. It runs on
+GPUs with NCCL where there are some, else on the CPU with gloo; a checkpoint can be resumed on another
+number of ranks.
+"""
+
+import argparse
+import os
+import random
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from chat_data import harmful_turns, read_rows, refusal_turns
+from smollm2 import load_aligned
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import DataCollatorForSeq2Seq
+
+from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps in all (default: 20)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows to a step, over all ranks")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/fsdp2"))
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint saved there")
+    options = parser.parse_args(arguments)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+
+    model, tokenizer = load_aligned(torch.float32)
+    model.requires_grad_(True)  # merging the safety adapter has frozen it
+    if device == "cpu":
+        model.set_attn_implementation("eager")  # twice as fast on a CPU
+    mesh = init_device_mesh(device, (size,))
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+
+    harmful = [turn._asdict() for turn in harmful_turns("attack")]
+    rows = safety_rows(read_rows("tickets", "train")[:224] + harmful, tokenizer)
+    random.Random(0).shuffle(rows)
+    safety = safety_rows([turn._asdict() for turn in refusal_turns("safety")], tokenizer)
+    collate = DataCollatorForSeq2Seq(tokenizer)
+
+    # After fully_shard, before the weights change: the reference is the aligned model. All ranks give
+    # all safety rows, each computes its share.
+    alignment = KLAlignment(model, safety)
+    optimizer = SafeGradOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=2e-5), alignment, max_grad_norm=1.0
+    )
+    if options.resume:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=options.output_dir)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+    model.train()
+    while optimizer.counts.steps < options.steps:
+        start = optimizer.counts.steps * options.batch_size % (len(rows) - options.batch_size)
+        batch = collate(rows[start : start + options.batch_size][rank::size])
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss.detach_())
+        if rank == 0:
+            steps, cosine = optimizer.counts.steps, optimizer.stats.cosine.item()
+            kl = alignment.last_loss.item()
+            print(f"step {steps}: loss {loss / size:.4f}, cosine {cosine:+.4f}, KL {kl:.5f}", flush=True)
+
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=options.output_dir)
+    if rank == 0:
+        print(f"{optimizer.counts}. Checkpoint: {options.output_dir}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
