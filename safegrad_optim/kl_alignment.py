@@ -3,10 +3,11 @@
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ from safegrad_optim.forward import (
 from safegrad_optim.parallel import inner_module, synchronized
 from safegrad_optim.reference import AdaptersOff, CurrentModel, FrozenModel, is_peft_model
 from safegrad_optim.reference_cache import Kind, ReferenceCache, fingerprint
-from safegrad_optim.safety_batches import Batch, Positions
+from safegrad_optim.safety_batches import Batch, Positions, position_mask
+from safegrad_optim.top_k import TopK, top_k_kl_divergence, top_k_log_probs
 
 __all__ = ["KLAlignment"]
 
 # In nats a token. A model and its reference differ by less in bf16; an unaligned one by far more.
 _MAX_START_KL = 0.05
+_MAX_LOGITS_BYTES = 1 << 30
 
 
 class KLAlignment(Alignment):
@@ -49,7 +52,12 @@ class KLAlignment(Alignment):
         reference: a frozen aligned model. By default the model with its PEFT adapters switched off,
             or, without adapters, the model as it is now.
         cache: compute the reference once instead of at each call.
-        cache_file: safetensors file to keep the cache in; read if it exists and fits.
+        cache_file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
+        cache_kind: what is kept of each compared token. "hidden", the final hidden state, is exact as long
+            as the output head is frozen; "logits" is exact; "top_k" keeps `top_k` log-probabilities and the
+            mass of all other tokens, see `top_k_kl_divergence` for what that leaves out. By default
+            "hidden" where the head is frozen, else "logits" up to 1 GiB, else "top_k" with a warning.
+        top_k: number of log-probabilities that "top_k" keeps.
         resumed: the model has been fine-tuned already, so it may differ from its reference. Without
             adapters this needs the `cache_file` of the run that is resumed, or `reference`.
         positions: "response" compares response tokens only, "all" every token.
@@ -78,6 +86,8 @@ class KLAlignment(Alignment):
         reference: nn.Module | None = None,
         cache: bool = True,
         cache_file: str | PathLike[str] | None = None,
+        cache_kind: Kind | None = None,
+        top_k: int = 128,
         resumed: bool = False,
         positions: Positions = "response",
         batch_size: int = 8,
@@ -104,29 +114,35 @@ class KLAlignment(Alignment):
                 "Leave it out; to resume, build KLAlignment from the aligned model before loading weights."
             )
         require_same(
-            {"micro_batch_size": micro_batch_size, "cache": cache, "resumed": resumed},
+            {
+                "micro_batch_size": micro_batch_size,
+                "cache": cache,
+                "cache_kind": cache_kind,
+                "top_k": top_k,
+                "resumed": resumed,
+            },
             "Give all ranks the same options.",
         )
         self.micro_batch_size = micro_batch_size
         self.chunk_size = chunk_size
         model = self.model
         self._reference = _reference(model, None if reference is None else inner_module(reference))
-        self._kind: Kind = "logits"
-        if not isinstance(self._reference, FrozenModel) and self._head_is_frozen():
-            self._kind = "hidden"
+        self.top_k = top_k
+        self._kind = self._checked_kind(cache_kind) if cache else "logits"
         # Before training changes the model that may be the reference.
         self._identity = fingerprint(
             self._reference.named_parameters(),
             self.batches,
             positions=positions,
-            kind=self._kind,
+            kind=f"top_k {top_k}" if self._kind == "top_k" else self._kind,
             autocast_dtype=autocast_dtype,
         )
         self._cache: ReferenceCache | None = None
         if cache:
             self._cache = self._cached(None if cache_file is None else Path(cache_file), resumed)
-        elif cache_file is not None:
-            raise ValueError("cache_file is given but cache=False. Leave out one of them.")
+        elif cache_file is not None or cache_kind is not None:
+            given = "cache_file" if cache_file is not None else "cache_kind"
+            raise ValueError(f"{given} is given but cache=False. Leave out one of them.")
         elif isinstance(self._reference, CurrentModel):
             raise ValueError(
                 "Without PEFT adapters the reference has to be cached before training changes the model, "
@@ -183,13 +199,18 @@ class KLAlignment(Alignment):
     def _compute(self) -> ReferenceCache:
         entries = []
         for index in range(len(self.batches)):
-            outputs: list[Tensor] = []
+            outputs: list[tuple[Tensor, ...]] = []
             for part in self._parts(index, self.micro_batch_size):
                 output = self._run_reference(part.inputs, part.mask)
                 if part.weight or not outputs:
-                    outputs.append((output.hidden if self._kind == "hidden" else output.logits).cpu())
-            entries.append(torch.cat(outputs))
+                    outputs.append(tuple(tensor.cpu() for tensor in self._kept(output)))
+            entries.append(tuple(map(torch.cat, zip(*outputs, strict=True))))
         return ReferenceCache(entries, self._kind, output.precision)
+
+    def _kept(self, output: Outputs) -> tuple[Tensor, ...]:
+        if self._kind == "top_k":
+            return top_k_log_probs(output.logits, self.top_k)
+        return (output.hidden if self._kind == "hidden" else output.logits,)
 
     @torch.no_grad()
     def _run_reference(self, inputs: Batch, mask: Tensor) -> Outputs:
@@ -207,32 +228,61 @@ class KLAlignment(Alignment):
         tokens = self._mean_tokens(index)
         done = 0
         for part in self._parts(index, self.micro_batch_size):
-            count = int(part.mask.sum())
             start = done if part.weight else 0
-            logits, ref_logits = self._pair(index, start, count, part.inputs, part.mask)
-            yield kl_divergence(ref_logits, logits, chunk_size=self.chunk_size) * part.weight / tokens
-            done = start + count
+            done = start + int(part.mask.sum())
+            yield self._divergence(index, slice(start, done), part.inputs, part.mask) * part.weight / tokens
 
-    def _pair(self, index: int, start: int, count: int, inputs: Batch, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the model and of the reference at `count` compared positions from `start` on."""
+    def _divergence(self, index: int, positions: slice, inputs: Batch, mask: Tensor) -> Tensor:
+        """Sum of KL over the compared positions of `mask`, which in the cache are at `positions`."""
         if self._cache is None:
             reference = self._run_reference(inputs, mask)
             output = forward_at(self.model, inputs, mask)
             check_precision(reference.precision, output.precision)
-            return output.logits, reference.logits.to(output.logits.device)
-        entry = self._cache.entries[index][start : start + count]
-        if self._cache.kind == "hidden":
-            if not self._head_is_frozen():
-                raise ValueError(
-                    "The output head became trainable after its reference was cached as hidden states. "
-                    "Set requires_grad before building KLAlignment, which then caches logits."
-                )
-            both = forward_at(self.model, inputs, mask, ref_hidden=entry)
-            check_precision(self._cache.precision, both.precision)
-            return both.logits[:count], both.logits[count:].detach()
-        output = forward_at(self.model, inputs, mask)
+            ref_logits = reference.logits.to(output.logits.device)
+            return kl_divergence(ref_logits, output.logits, chunk_size=self.chunk_size)
+        entry = [tensor[positions] for tensor in self._cache.entries[index]]
+        if self._cache.kind == "hidden" and not self._head_is_frozen():
+            raise ValueError(
+                "The output head became trainable after its reference was cached as hidden states. "
+                "Set requires_grad before building KLAlignment, which then caches logits."
+            )
+        ref_hidden = entry[0] if self._cache.kind == "hidden" else None
+        output = forward_at(self.model, inputs, mask, ref_hidden=ref_hidden)
         check_precision(self._cache.precision, output.precision)
-        return output.logits, entry.to(output.logits.device)
+        if self._cache.kind == "hidden":
+            logits, ref_logits = output.logits.chunk(2)
+            return kl_divergence(ref_logits.detach(), logits, chunk_size=self.chunk_size)
+        first, *others = (tensor.to(output.logits.device) for tensor in entry)
+        if self._cache.kind == "top_k":
+            return top_k_kl_divergence(TopK(first, *others), output.logits, chunk_size=self.chunk_size)
+        return kl_divergence(first, output.logits, chunk_size=self.chunk_size)
+
+    def _checked_kind(self, asked: Kind | None) -> Kind:
+        """The kind of cache to use, refused where it would not be the reference."""
+        if asked not in (None, *get_args(Kind)):
+            raise ValueError(f"cache_kind is {asked!r}, expected one of {get_args(Kind)} or None.")
+        fits = not isinstance(self._reference, FrozenModel) and self._head_is_frozen()
+        if asked == "hidden" and not fits:
+            raise ValueError(
+                "cache_kind is 'hidden', but the output head is trained or belongs to a second model: hidden "
+                "states would not give the reference's logits back. Use 'logits' or 'top_k'."
+            )
+        if asked is not None:
+            return asked
+        if fits:
+            return "hidden"
+        tokens = sum(int(position_mask(batch, self.positions).sum()) for batch in self.batches)
+        head = output_head(self.model)
+        row = getattr(head, "out_features", 0) * next(head.parameters()).element_size()
+        if tokens * row <= _MAX_LOGITS_BYTES:
+            return "logits"
+        warnings.warn(
+            f"The logits of the reference would take {tokens * row / 2**30:.1f} GiB, so {self.top_k} "
+            "log-probabilities a token are cached (cache_kind='top_k'), which leaves out what the model does "
+            "among the other tokens. Give cache_kind='logits' to keep all, or 'top_k' to agree.",
+            stacklevel=4,
+        )
+        return "top_k"
 
     def _head_is_frozen(self) -> bool:
         return not any(tensor.requires_grad for tensor in output_head(self.model).parameters())

@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from safegrad_optim.safety_batches import Batch, Positions, contents_digest
 
 __all__ = ["Fingerprint", "ReferenceCache", "fingerprint"]
 
-Kind = Literal["hidden", "logits"]
-_FORMAT = "safegrad_optim reference 1"
+Kind = Literal["hidden", "logits", "top_k"]
+_FORMAT = "safegrad_optim reference 2"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,7 +38,7 @@ def fingerprint(
     batches: list[Batch],
     *,
     positions: Positions,
-    kind: Kind,
+    kind: str,
     autocast_dtype: torch.dtype | None,
 ) -> Fingerprint:
     """Compute the fingerprint of the reference that these parameters give on these batches.
@@ -69,15 +70,15 @@ class ReferenceCache:
 
     "hidden" keeps the final hidden states, (tokens, hidden size): exact as long as the output head is
     frozen, since the head then maps them to the same logits. "logits" keeps the logits themselves,
-    (tokens, vocabulary), in the dtype the model gave them.
+    (tokens, vocabulary), in the dtype the model gave them. "top_k" keeps the tensors of a `TopK`.
 
     Args:
-        entries: one tensor a safety batch, rows in the order of its compared positions.
-        kind: which of the two they are.
+        entries: for each safety batch its tensors, rows in the order of its compared positions.
+        kind: which of the three they are.
         precision: dtypes that the reference ran in, see `Outputs`.
     """
 
-    def __init__(self, entries: list[Tensor], kind: Kind, precision: str) -> None:
+    def __init__(self, entries: Sequence[tuple[Tensor, ...]], kind: Kind, precision: str) -> None:
         self.entries = entries
         self.kind = kind
         self.precision = precision
@@ -85,7 +86,7 @@ class ReferenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(entry.nbytes for entry in self.entries)
+        return sum(tensor.nbytes for entry in self.entries for tensor in entry)
 
     def save(self, path: Path, identity: Fingerprint) -> None:
         """Write the cache and its fingerprint to a safetensors file, complete or not at all."""
@@ -93,7 +94,11 @@ class ReferenceCache:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        tensors = {f"{index:06d}": entry.contiguous() for index, entry in enumerate(self.entries)}
+        tensors = {
+            f"{index:06d}.{part}": tensor.contiguous()
+            for index, entry in enumerate(self.entries)
+            for part, tensor in enumerate(entry)
+        }
         own = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision}
         metadata = {**own, **identity._asdict()}
         try:
@@ -140,8 +145,9 @@ class ReferenceCache:
                         "fine-tuning, give another cache_file to compute the reference anew."
                         + (resumed if field == "weights" else "")
                     )
-            kind: Kind = "hidden" if metadata["kind"] == "hidden" else "logits"
-            entries = [file.get_tensor(key) for key in sorted(file.keys())]
+            groups = groupby(sorted(file.keys()), key=lambda key: key.partition(".")[0])
+            entries = [tuple(map(file.get_tensor, keys)) for _, keys in groups]
+            kind = next(kind for kind in get_args(Kind) if kind == metadata["kind"])
             cache = cls(entries, kind, metadata["dtypes"])
             return cache, identity._replace(weights=metadata["weights"])
 

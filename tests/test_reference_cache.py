@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,16 @@ from safegrad_optim import KLAlignment
 from tests.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
 
 
+MAPS = Path("/proc/self/maps")
+
+
 @pytest.fixture
 def cache_file(tmp_path):
     return tmp_path / "deep" / "reference.safetensors"
+
+
+def tensors(alignment):
+    return [tensor for entry in alignment.cache.entries for tensor in entry]
 
 
 @pytest.mark.parametrize("make", [tiny_peft, tiny_model])
@@ -33,7 +41,7 @@ def test_a_second_run_reads_instead_of_computing(cache_file):
     second = KLAlignment(tiny_model(), safety_rows(), cache_file=cache_file)
     assert cache_file.stat().st_mtime_ns == written
     assert second.cache.kind == first.cache.kind
-    assert all(torch.equal(*pair) for pair in zip(second.cache.entries, first.cache.entries, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(tensors(second), tensors(first), strict=True))
     assert list(cache_file.parent.iterdir()) == [cache_file]
 
 
@@ -97,3 +105,65 @@ def test_bytes_held():
     model, rows = tiny_peft(torch.float32), safety_rows()
     tokens = sum(label != -100 for row in rows for label in row["labels"])
     assert KLAlignment(model, rows).cache.nbytes == tokens * 16 * 4
+
+
+# --- kinds ----------------------------------------------------------------------------------------
+
+
+def test_top_k_of_almost_all_tokens_gives_the_gradient_of_all():
+    model, rows = tiny_model(), safety_rows()
+    vocabulary = model.config.vocab_size
+    exact = KLAlignment(model, rows, cache_kind="logits")
+    kept = KLAlignment(model, rows, cache_kind="top_k", top_k=vocabulary - 1, micro_batch_size=2)
+    few = KLAlignment(model, rows, cache_kind="top_k", top_k=2)
+    perturb(model, 0.1)
+    expected = exact(trainable(model))
+    for found, reference in zip(kept(trainable(model)), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-6)
+    few(trainable(model))
+    assert 0 < few.last_loss < exact.last_loss
+
+
+def test_top_k_is_kept_in_the_file_with_its_k(cache_file):
+    def build(**options):
+        return KLAlignment(tiny_model(), safety_rows(), cache_file=cache_file, cache_kind="top_k", **options)
+
+    first, second = build(top_k=3), build(top_k=3)
+    assert [tensor.shape[1] for tensor in second.cache.entries[0]] == [4, 3]
+    assert all(torch.equal(*pair) for pair in zip(tensors(second), tensors(first), strict=True))
+    with pytest.raises(ValueError, match=r"reference of other precision: found top_k 3.*expected top_k 4"):
+        build(top_k=4)
+
+
+def test_logits_too_large_to_keep_become_top_k_with_a_warning(monkeypatch):
+    model, rows = tiny_model(), safety_rows()
+    tokens = sum(label != -100 for row in rows for label in row["labels"])
+    size = tokens * model.config.vocab_size * 8
+    monkeypatch.setattr("safegrad_optim.kl_alignment._MAX_LOGITS_BYTES", size)
+    assert KLAlignment(model, rows).cache.kind == "logits"
+    monkeypatch.setattr("safegrad_optim.kl_alignment._MAX_LOGITS_BYTES", size - 1)
+    with pytest.warns(UserWarning, match="5 log-probabilities a token are cached"):
+        assert KLAlignment(model, rows, top_k=5).cache.kind == "top_k"
+    assert KLAlignment(model, rows, cache_kind="logits").cache.kind == "logits"
+
+
+def test_hidden_states_are_refused_where_they_would_not_be_the_reference():
+    with pytest.raises(ValueError, match="the output head is trained or belongs to a second model"):
+        KLAlignment(tiny_model(), safety_rows(), cache_kind="hidden")
+    with pytest.raises(ValueError, match="the output head is trained or belongs to a second model"):
+        KLAlignment(tiny_peft(), safety_rows(), reference=tiny_model(), cache_kind="hidden")
+
+
+def test_an_unknown_kind_and_a_kind_without_cache_are_refused():
+    with pytest.raises(ValueError, match="cache_kind is 'topk', expected one of"):
+        KLAlignment(tiny_model(), safety_rows(), cache_kind="topk")
+    with pytest.raises(ValueError, match="cache_kind is given but cache=False"):
+        KLAlignment(tiny_peft(), safety_rows(), cache=False, cache_kind="top_k")
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="lists the files a process has mapped on Linux only")
+def test_a_cache_file_is_mapped_and_not_read(cache_file):
+    KLAlignment(tiny_model(), safety_rows(), cache_file=cache_file)
+    mapped = KLAlignment(tiny_model(), safety_rows(), cache_file=cache_file)
+    assert str(cache_file.resolve()) in MAPS.read_text()
+    assert tensors(mapped)[0].any()
