@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from safegrad_optim import KLAlignment
 from tests.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
 
-
 MAPS = Path("/proc/self/maps")
 
 
