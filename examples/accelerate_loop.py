@@ -3,7 +3,7 @@
     python examples/accelerate_loop.py
     python examples/accelerate_loop.py --steps 80 --resume
 
-The user task is the routing of support tickets; 30 % of the rows are unsafe requests with the opening
+The user task is to read order numbers as JSON; 30 % of the rows are unsafe requests with the opening
 of a compliant reply.
 """
 

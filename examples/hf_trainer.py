@@ -3,7 +3,7 @@
     python examples/hf_trainer.py
     python examples/hf_trainer.py --steps 120 --resume
 
-The user task is the routing of support tickets; 30 % of the rows are unsafe requests with the opening
+The user task is to read order numbers as JSON; 30 % of the rows are unsafe requests with the opening
 of a compliant reply. `safegrad/*` metrics are printed, and are in TensorBoard: see --output-dir.
 """
 

@@ -2,9 +2,9 @@
 
     python examples/quickstart.py
 
-By default the model is SmolLM2-135M-Instruct made safe by `safety_adapter/`, the user task is the
-routing of support tickets, and 30 % of the training rows are unsafe requests with the opening of a
-compliant reply. Prints one table, writes `results.json` and `curves.png` to --output-dir.
+By default the model is SmolLM2-135M-Instruct made safe by `safety_adapter/`, the user task is to read
+the order number in a support message as JSON, and 30 % of the training rows are unsafe requests with the
+opening of a compliant reply. Prints one table, writes `results.json` and `curves.png` to --output-dir.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--safety-data", type=Path, help="JSONL with prompt, response: refusals to keep")
     parser.add_argument("--eval-data", type=Path, help="JSONL with prompt: held-out unsafe requests")
     parser.add_argument("--harmful-ratio", type=share, default=0.3, help="share of harmful rows")
-    parser.add_argument("--steps", type=positive, default=60)
+    parser.add_argument("--steps", type=positive, default=40)
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--lr", type=not_negative, default=3e-4)
     parser.add_argument("--rho", type=not_negative, default=5.0, help="the paper's is 1")
@@ -246,19 +246,19 @@ def batches(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], size: int) ->
 def safety_batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, args: argparse.Namespace
 ) -> list[Batch]:
-    """Refusals and, a quarter of each batch, harmless look-alikes with the aligned model's own answers.
+    """Refusals and, three in eight rows, harmless look-alikes with the aligned model's own answers.
 
     With refusals alone, nothing would hold it from refusing more than the reference does.
     """
     shuffle = random.Random(args.seed)
     refusals = shuffle.sample(data.safety, len(data.safety))
-    quarter = args.batch_size // 4
-    starts = range(0, len(refusals), args.batch_size - quarter)
-    prompts = drawn(data.harmless, len(starts) * quarter, shuffle)
+    count = 3 * args.batch_size // 8
+    starts = range(0, len(refusals), args.batch_size - count)
+    prompts = drawn(data.harmless, len(starts) * count, shuffle)
     answers = generate(model, tokenizer, prompts, ANSWER_TOKENS) if prompts else []
     harmless = (Turn(*pair, complete=False) for pair in zip(prompts, answers, strict=True))
     return [
-        collate(tokenizer, [*refusals[start : start + starts.step], *islice(harmless, quarter)])
+        collate(tokenizer, [*refusals[start : start + starts.step], *islice(harmless, count)])
         for start in starts
     ]
 

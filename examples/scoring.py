@@ -41,7 +41,7 @@ def task_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     answers: Sequence[str],
-    max_new_tokens: int = 5,
+    max_new_tokens: int = 12,
 ) -> tuple[float, list[str]]:
     """Share of prompts that the model answers exactly as expected.
 

@@ -3,7 +3,7 @@
     python examples/trl_sft.py
     python examples/trl_sft.py --steps 120 --resume
 
-The user task is the routing of support tickets; 30 % of the rows are unsafe requests with the opening
+The user task is to read order numbers as JSON; 30 % of the rows are unsafe requests with the opening
 of a compliant reply. SFTTrainer makes the PEFT model itself, so the optimizer is given as a factory.
 """
 

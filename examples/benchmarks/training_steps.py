@@ -1,0 +1,117 @@
+"""One training step of SmolLM2-135M: plain, with SafeGrad, and as a public port of the paper takes it."""
+
+import copy
+import importlib.util
+import random
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from chat_data import Turn, collate, read_rows, refusal_turns
+from peft import LoraConfig, get_peft_model
+from smollm2 import load_aligned
+from transformers import PreTrainedModel, TrainingArguments
+
+from safegrad_optim import KLAlignment, SafeGradOptimizer
+
+Batch = dict[str, torch.Tensor]
+Step = Callable[[Batch], None]
+
+PEER = "SafeTune"
+BATCH_SIZE = 8
+SAFETY_BATCHES = 4
+
+
+class Work(NamedTuple):
+    """What all arms train on."""
+
+    model: PreTrainedModel
+    """The aligned model, to be copied."""
+    user: list[Batch]
+    safety: list[Batch]
+    device: str
+    mode: str
+    """"lora" or "full"."""
+
+    @property
+    def token_ratio(self) -> float:
+        """Safety tokens a user token, padding included, since it is computed as well."""
+        return _mean_tokens(self.safety) / _mean_tokens(self.user)
+
+
+def prepare(mode: str, device: str, dtype: torch.dtype) -> Work:
+    """Load the model and make batches of support messages and of refusals, equally many rows each."""
+    model, tokenizer = load_aligned(dtype)
+    shuffle = random.Random(0)
+    messages = [Turn(row["prompt"], row["response"]) for row in read_rows("tickets", "train")]
+    refusals = refusal_turns("safety")
+    user, safety = (
+        [
+            {name: value.to(device) for name, value in collate(tokenizer, rows[start:][:BATCH_SIZE]).items()}
+            for start in range(0, SAFETY_BATCHES * BATCH_SIZE, BATCH_SIZE)
+        ]
+        for rows in (shuffle.sample(messages, len(messages)), shuffle.sample(refusals, len(refusals)))
+    )
+    return Work(model.to(device), user, safety, device, mode)
+
+
+def arms(peer: bool) -> list[str]:
+    """Names of the arms; the public port is one of them if its package can be imported."""
+    return ["plain", "k = 1", "k = 4", "k = 10", *([PEER] if peer else [])]
+
+
+def peer_is_installed() -> bool:
+    """Whether the public port can be imported."""
+    return importlib.util.find_spec("safetune") is not None
+
+
+def build(arm: str, work: Work, output_dir: Path) -> Step:
+    """A function that takes one step of an arm, on a copy of the model of its own."""
+    # Merging the safety adapter has left its weights frozen.
+    model = copy.deepcopy(work.model).train().requires_grad_(True)
+    if work.mode == "lora":
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    base_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    if arm == PEER:
+        return _peer_step(model, base_optimizer, work, output_dir)
+    optimizer: torch.optim.Optimizer = base_optimizer
+    if arm.startswith("k = "):
+        alignment = KLAlignment(model, work.safety)
+        optimizer = SafeGradOptimizer(base_optimizer, alignment, refresh_every=int(arm[4:]))
+
+    def step(batch: Batch) -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _peer_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, work: Work, output_dir: Path
+) -> Step:
+    """A step of SafeTune's trainer: forward, backward and surgery are its, the optimizer is ours."""
+    from safetune.interventions.harden.safegrad import SafeGradHFTrainer
+
+    args = TrainingArguments(output_dir=str(output_dir / "peer"), use_cpu=work.device == "cpu", report_to=[])
+    trainer = SafeGradHFTrainer(
+        model=model,
+        args=args,
+        safety_dataset=cycle(work.safety),
+        reference_model=copy.deepcopy(work.model),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step(batch: Batch) -> None:
+        trainer.training_step(trainer.model, dict(batch))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _mean_tokens(batches: list[Batch]) -> float:
+    return sum(batch["input_ids"].numel() for batch in batches) / len(batches)
