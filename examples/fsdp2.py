@@ -72,8 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
     model.train()
     while optimizer.counts.steps < options.steps:
         start = optimizer.counts.steps * options.batch_size % (len(rows) - options.batch_size)
-        batch = collate(rows[start : start + options.batch_size][rank::size])
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        chosen = rows[start : start + options.batch_size]
+        # FSDP2 averages over ranks: of this loss, that is the mean over all tokens of the step.
+        tokens = sum(label != -100 for row in chosen for label in row["labels"][1:])
+        inputs = {name: tensor.to(device) for name, tensor in collate(chosen[rank::size]).items()}
+        loss = model(**inputs, num_items_in_batch=tokens / size).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

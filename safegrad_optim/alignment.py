@@ -199,8 +199,7 @@ class Alignment(ABC):
         for number in range(max(map(len, shares))):
             counts = number < len(own)
             rows = own[number] if counts else spare
-            # All rows as they are, for inputs whose first dimension is another.
-            chosen = batch if len(rows) == len(mask) else {name: batch[name][rows] for name in batch}
+            chosen = batch if len(rows) == len(mask) else _select(batch, rows)
             tensors = {name: value.to(device) for name, value in chosen.items()}
             labels = tensors.pop("labels")
             yield Part(tensors, mask[rows].to(device), labels, 1.0 if counts else 0.0)
@@ -227,6 +226,17 @@ def _row_groups(mask: Tensor, share: Share, size: int | None) -> list[Tensor]:
     rows = torch.arange(len(mask))[share.rank :: share.size]
     groups = rows.split(size or max(1, len(rows)))
     return [group for group in groups if mask[group].any()]
+
+
+def _select(batch: Batch, rows: Tensor) -> Batch:
+    for name, value in batch.items():
+        if value.shape[:1] != batch["labels"].shape[:1]:
+            raise ValueError(
+                f"'{name}' of a safety batch has shape {tuple(value.shape)}, not one entry for each of the "
+                f"{len(batch['labels'])} rows, so that the rows cannot be split over ranks or micro-batches. "
+                "Leave it out, or expand it to all rows."
+            )
+    return {name: value[rows] for name, value in batch.items()}
 
 
 def _check_loss(loss: Tensor) -> None:

@@ -546,7 +546,8 @@ def _check_alignment(parameters: list[Tensor], grads: list[Tensor | None]) -> No
     if all(grad is None for grad in grads):
         raise ValueError(
             f"All {len(grads)} alignment gradients are None: the alignment loss does not depend on any "
-            "parameter of this optimizer. Compute it with the model whose parameters are optimized."
+            "parameter of this optimizer. Compute it with the model whose parameters are optimized; if "
+            "DeepSpeed ZeRO has put others in their place, use FSDP2 instead."
         )
 
 

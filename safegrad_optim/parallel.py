@@ -47,9 +47,9 @@ def share_of(model: nn.Module) -> Share:
     Raises:
         NotImplementedError: the model is parallel in a way that is not supported.
     """
+    _refuse_unsupported(model)
     if world_size() == 1:
         return Share(0, 1)
-    _refuse_unsupported(model)
     # Unsharded parameters do not tell how they are sharded.
     _reshard(model)
     shares = {_share_of_group(group) for group in _fsdp_groups(model)}

@@ -204,6 +204,18 @@ def fingerprint_of(mode, kind="full"):
     return wrapped.alignment.state_dict()["reference"]
 
 
+def warm_up_from_zero_with_nothing_on_a_rank():
+    """Steps taken at lr = 0, which looks like what torch.distributed.checkpoint does to make states."""
+    model, wrapped, rank, size = build(mode="fsdp")
+    wrapped.param_groups[0]["lr"] = 0.0
+    backward(model, rank, size)
+    if rank == 1:
+        for parameter in trainable(model):
+            parameter.grad.to_local().zero_()
+    wrapped.step()
+    return wrapped.counts.steps
+
+
 def fp16_scale_after_overflow():
     """The scale at which fp16 gradients are finite on all ranks, come from where those of one are not."""
     model, wrapped, _, _ = build(mode="fsdp", kind="peft", dtype=torch.float16)
@@ -295,6 +307,16 @@ def deepspeed_zero3():
     model = tiny_peft()
     next(model.parameters()).ds_id = 0
     KLAlignment(model, safety_rows())
+
+
+def deepspeed_zero2():
+    """As its optimizer does, whose parameter groups hold flat partitions of the parameters."""
+    model, wrapped, rank, size = build(mode="ddp")
+    flat = torch.cat([parameter.detach().view(-1) for parameter in trainable(model)])
+    (partition,) = [torch.nn.Parameter(part) for part in flat.chunk(size)[rank : rank + 1]]
+    partition.grad = torch.ones_like(partition)
+    wrapped.param_groups[0]["params"] = [partition]
+    wrapped.step()
 
 
 def ddp_of_a_part_of_the_ranks():

@@ -24,7 +24,6 @@ def _serve(rank, size, port, pipe):
     warnings.filterwarnings("ignore", message=".*is deprecated")
     # Of tensor-parallel logits, in the user's own forward.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    warnings.filterwarnings("ignore", message="FSDP will .* deprecated|.*FSDP.*FutureWarning")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)

@@ -72,9 +72,8 @@ def test_ddp_accumulates_without_reduction(ranks, size, bucket_view):
 FSDP = [{"reshard_after_forward": True}, {"reshard_after_forward": False}, {"own_head": True}]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "training"), [(2, {}), (2, ACCUMULATED), (4, ACCUMULATED)])
 @pytest.mark.parametrize("options", FSDP)
-@pytest.mark.parametrize("training", [{}, ACCUMULATED])
 def test_fsdp(ranks, size, options, training):
     found = ranks(size, runs.train, mode="fsdp", parallel_options=options, **training)
     assert_same_as_one_process(found, **training)
@@ -236,6 +235,10 @@ def test_sharded_checkpoint_goes_on_to_the_bit_and_on_any_number_of_ranks(ranks,
             assert distance(found, expected) <= (0.0 if (size, mode) == (2, "fsdp") else 1e-6)
 
 
+def test_a_step_at_learning_rate_zero_is_protected_on_all_ranks(ranks):
+    assert ranks(2, runs.warm_up_from_zero_with_nothing_on_a_rank) == [1, 1]
+
+
 def test_ranks_scale_fp16_alike(ranks):
     left, right = ranks(2, runs.fp16_scale_after_overflow)
     assert left == right < 2.0**40
@@ -265,6 +268,7 @@ def test_ranks_scale_fp16_alike(ranks):
         (runs.tensor_parallel_after_the_alignment, {}, "Build it after"),
         (runs.fsdp1, {}, r"FSDP1.*fully_shard"),
         (runs.deepspeed_zero3, {}, r"ZeRO-3.*fully_shard"),
+        (runs.deepspeed_zero2, {}, r"All 1 alignment gradients are None.*ZeRO"),
         (runs.ddp_of_a_part_of_the_ranks, {}, "process group of 1 of 2 ranks"),
         (runs.with_cache_file, {}, "cache_file is given and there are 2 ranks"),
     ],

@@ -355,3 +355,11 @@ def test_second_adapter_switched_off_with_the_first():
     ref_model = adapters_off_copy(model)
     perturb(model)
     assert_gradients_close(alignment(trainable(model)), oracle(ref_model, model, rows))
+
+
+def test_inputs_that_are_not_of_rows_are_not_split():
+    batch = padded(safety_rows(4))
+    batch["position_ids"] = torch.arange(batch["labels"].shape[1])[None]
+    KLAlignment(tiny_peft(), [batch])
+    with pytest.raises(ValueError, match=r"'position_ids' .* shape \(1, 9\).* 4 rows"):
+        KLAlignment(tiny_peft(), [batch], micro_batch_size=2)

@@ -42,7 +42,7 @@ def safegrad_optimizer(
 
     The Trainer builds it when training starts, with its own parameter groups. When it resumes, it has
     loaded the fine-tuned weights by then: pass `resumed=True`, and, without PEFT adapters, the
-    `cache_file` that the original run was given.
+    `cache_file` that the original run was given. Under FSDP2 it loads them later: pass neither.
 
     Args:
         args: the Trainer's arguments; `optim`, `learning_rate` and the like make the base optimizer.
