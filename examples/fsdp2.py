@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/fsdp2.py
     torchrun --nproc-per-node 2 examples/fsdp2.py --steps 40 --resume
 
-Each rank holds its part of parameters, gradients and optimizer state. The user task is the routing of
-support tickets; 30 % of the rows are unsafe requests with the opening of a compliant reply. It runs on
+Each rank holds its part of parameters, gradients and optimizer state. The user task is to read order
+numbers as JSON; 30 % of the rows are unsafe requests with the opening of a compliant reply. It runs on
 GPUs with NCCL where there are some, else on the CPU with gloo; a checkpoint can be resumed on another
 number of ranks.
 """
