@@ -246,13 +246,13 @@ def batches(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], size: int) ->
 def safety_batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, args: argparse.Namespace
 ) -> list[Batch]:
-    """Refusals and, three in eight rows, harmless look-alikes with the aligned model's own answers.
+    """Refusals and, in equal number, harmless look-alikes with the aligned model's own answers.
 
     With refusals alone, nothing would hold it from refusing more than the reference does.
     """
     shuffle = random.Random(args.seed)
     refusals = shuffle.sample(data.safety, len(data.safety))
-    count = 3 * args.batch_size // 8
+    count = args.batch_size // 2
     starts = range(0, len(refusals), args.batch_size - count)
     prompts = drawn(data.harmless, len(starts) * count, shuffle)
     answers = generate(model, tokenizer, prompts, ANSWER_TOKENS) if prompts else []
