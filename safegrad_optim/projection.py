@@ -294,14 +294,16 @@ def combine_(
         u, a = block.values
         u.addcmul_(a, scale(u.device, u.dtype))
         block.write_first()
-        # Sharded, the product would be this rank's, and the sum over ranks another all-reduce.
-        cross.append(_dot(u, a) if not sharded else torch.full_like(products.inner_product, torch.nan))
+        if not sharded:
+            cross.append(_dot(u, a))
 
     shared_sq = products.shared_alignment_sq_norm
     user_norm, alignment_norm = products.user_sq_norm.sqrt(), products.alignment_sq_norm.sqrt()
     removal = coefficient - rho
     residual_norm = _norm_of_sum(products, removal)
     residual_product = _total(cross, products.inner_product.device) - rho * shared_sq
+    if sharded:  # The product would be this rank's, and the sum over ranks another all-reduce.
+        residual_product = torch.full_like(residual_product, torch.nan)
     unshared_sq = products.alignment_sq_norm - shared_sq
     stats = SurgeryStats(
         inner_product=products.inner_product,
