@@ -26,6 +26,7 @@ def _serve(rank, size, port, pipe):
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun does; accelerate would choose, and warn
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     while True:
