@@ -1,10 +1,20 @@
 """The Hugging Face Trainer and accelerate on two ranks take the steps of one process."""
 
 import pytest
+import torch
 
 from tests import parallel_accelerate, parallel_trainer
 from tests.ranks import RankError
 from tests.test_distributed import distance
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The process to compare with sums in the order of the ranks, which have a thread each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
