@@ -5,10 +5,8 @@ from typing import NamedTuple
 
 import torch
 from chat_data import collate, harmful_turns, response_loss
-from peft import LoraConfig, get_peft_model
-from smollm2 import load_aligned
 from torch import Tensor
-from training_steps import BATCH_SIZE, Work
+from training_steps import BATCH_SIZE, Work, with_adapters
 
 from safegrad_optim import KLAlignment
 
@@ -28,9 +26,7 @@ class Kind(NamedTuple):
 
 def compare_kinds(work: Work) -> list[Kind]:
     """Let the model drift by plain steps on harmful rows, and compare the kinds on one safety batch."""
-    _, tokenizer = load_aligned()
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(copy.deepcopy(work.model), lora)
+    model = with_adapters(copy.deepcopy(work.model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     safety = work.safety[:1]
     options = {"logits": {"cache_kind": "logits"}, "hidden": {"cache_kind": "hidden"}} | {
@@ -41,7 +37,7 @@ def compare_kinds(work: Work) -> list[Kind]:
     optimizer = torch.optim.AdamW(parameters, lr=3e-4)
     harmful = harmful_turns("attack")[: DRIFT_STEPS * BATCH_SIZE]
     for start in range(0, len(harmful), BATCH_SIZE):
-        batch = collate(tokenizer, harmful[start : start + BATCH_SIZE])
+        batch = collate(work.tokenizer, harmful[start : start + BATCH_SIZE])
         response_loss(model, {name: value.to(work.device) for name, value in batch.items()}).backward()
         optimizer.step()
         optimizer.zero_grad()

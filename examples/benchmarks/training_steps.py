@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from chat_data import Turn, collate, read_rows, refusal_turns
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from smollm2 import load_aligned
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from safegrad_optim import KLAlignment, SafeGradOptimizer
 
@@ -29,6 +29,7 @@ class Work(NamedTuple):
 
     model: PreTrainedModel
     """The aligned model, to be copied."""
+    tokenizer: PreTrainedTokenizerBase
     user: list[Batch]
     safety: list[Batch]
     device: str
@@ -54,7 +55,13 @@ def prepare(mode: str, device: str, dtype: torch.dtype) -> Work:
         ]
         for rows in (shuffle.sample(messages, len(messages)), shuffle.sample(refusals, len(refusals)))
     )
-    return Work(model.to(device), user, safety, device, mode)
+    return Work(model.to(device), tokenizer, user, safety, device, mode)
+
+
+def with_adapters(model: PreTrainedModel) -> PeftModel:
+    """The model with fresh LoRA adapters on all linear layers."""
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
 
 
 def arms(peer: bool) -> list[str]:
@@ -72,8 +79,7 @@ def build(arm: str, work: Work, output_dir: Path) -> Step:
     # Merging the safety adapter has left its weights frozen.
     model = copy.deepcopy(work.model).train().requires_grad_(True)
     if work.mode == "lora":
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+        model = with_adapters(model)
     base_optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     if arm == PEER:
         return _peer_step(model, base_optimizer, work, output_dir)
