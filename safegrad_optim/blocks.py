@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "blocks", "widened_dtype"]
+__all__ = ["Block", "Weighted", "blocks", "widened_dtype"]
+
+# Gradients of one parameter, and the weight of their products.
+Weighted = tuple[tuple[Tensor, ...], float]
 
 
 class _Sizes(NamedTuple):
@@ -57,7 +60,7 @@ class Block(NamedTuple):
             value.view(narrow.shape).copy_(narrow)
 
 
-def blocks(gradients: Sequence[tuple[tuple[Tensor, ...], float]]) -> Iterator[Block]:
+def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
     """Yield blocks that together hold every element of the gradients once.
 
     Args:

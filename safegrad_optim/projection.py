@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safegrad_optim.blocks import blocks, widened_dtype
+from safegrad_optim.blocks import Weighted, blocks, widened_dtype
 from safegrad_optim.distributed import (
     copies,
     is_distributed_tensor,
@@ -155,8 +155,9 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
     """
     check_gradients(user_grads, alignment_grads)
     sharded = _is_sharded(user_grads, alignment_grads)
-    both: list[tuple[tuple[Tensor, ...], float]] = []
-    user_only, alignment_only = both.copy(), both.copy()
+    both: list[Weighted] = []
+    user_only: list[Weighted] = []
+    alignment_only: list[Weighted] = []
     cross: list[Tensor] = []
     user_sq: list[Tensor] = []
     shared_sq: list[Tensor] = []
@@ -279,7 +280,7 @@ def combine_(
     ]
     scale = cache(coefficient.to)
     cross: list[Tensor] = []
-    dense: list[tuple[tuple[Tensor, ...], float]] = []
+    dense: list[Weighted] = []
     for user, alignment in zip(user_grads, alignment_grads, strict=True):
         if user is None or alignment is None:
             continue
