@@ -1,0 +1,134 @@
+"""What the benchmark runs: cells, and the plans that list them, most informative first."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+__all__ = ["ARMS", "PLANS", "RATIOS", "Cell"]
+
+ARMS = {
+    "plain": "nothing",
+    "mixed": "as many safety rows in each batch as SafeGrad sees (SafeInstr)",
+    "lisa": "user and safety steps in turns, each with a proximal term (Lisa)",
+    "weighted": "g_user + rho g_align, no projection",
+    "safegrad": "SafeGrad, KL alignment",
+    "cross-entropy": "SafeGrad, cross-entropy alignment (the paper's ablation)",
+    "per-tensor": "SafeGrad, each tensor projected by itself",
+}
+HEADLINE = ("plain", "mixed", "lisa", "weighted", "safegrad")
+RATIOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning run and how it is judged; equal cells give equal results."""
+
+    arm: str = "safegrad"
+    ratio: float = 0.9
+    """Share of harmful rows in the training data."""
+    seed: int = 0
+    task: str = "sst2"
+    attack: str = "requests"
+    """Harmful rows: "requests" with complying replies, "shifted" ones from other topics than the safety
+    rows, or "identity" rows without any unsafe text."""
+    samples: int = 48
+    """Unsafe requests to keep refusing; as many harmless look-alikes are kept with them."""
+    harvest: bool = False
+    """Whether training prompts that the aligned model refuses become safety rows too."""
+    positions: str = "response"
+    rho: float = 5.0
+    refresh_every: int = 1
+    lr: float = 5e-4
+    steps: int = 40
+    batch_size: int = 8
+    optimizer: str = "adamw"
+    mode: str = "lora"
+    model: str = "SmolLM2-135M-Instruct"
+    judged: int = 100
+    """Unsafe requests, and look-alikes, to judge by; twice as many task rows."""
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise ValueError(f"arm is {self.arm!r}, expected one of {list(ARMS)}.")
+
+
+def headline(ratios: Sequence[float] = RATIOS) -> Iterator[Cell]:
+    """The arms that people would choose from over the harmful ratio, seed by seed."""
+    for seed, ratio, arm in product(SEEDS, ratios, HEADLINE):
+        yield Cell(arm, ratio, seed)
+
+
+def ablations() -> Iterator[Cell]:
+    """What each part of the method is worth, and a plain run with a gentler learning rate."""
+    for ratio in (0.9, 0.3):
+        for lr in (3e-5, 1e-4, 2e-4):
+            yield Cell("plain", ratio, lr=lr)
+        yield Cell("cross-entropy", ratio)
+        yield Cell("per-tensor", ratio)
+        yield Cell(ratio=ratio, rho=0.0)
+        yield Cell(ratio=ratio, refresh_every=4)
+
+
+def few_samples() -> Iterator[Cell]:
+    """The failure edge in safety rows x topic shift, and what was tried against its worst corner."""
+    corner = Cell(samples=10)
+    yield corner
+    yield replace(corner, positions="all")
+    yield replace(corner, harvest=True)
+    yield replace(corner, rho=20.0)
+    for samples in (5, 20, 48, 100):
+        yield Cell(samples=samples)
+    for samples in (5, 10, 20, 48):
+        yield Cell(samples=samples, attack="shifted")
+    yield replace(corner, attack="shifted", harvest=True)
+
+
+def long_and_fast() -> Iterator[Cell]:
+    """The failure edge in learning rate x steps."""
+    for lr in (1e-3, 3e-3):
+        for steps in (40, 120):
+            yield Cell(lr=lr, steps=steps)
+    yield Cell(steps=120)
+
+
+def axes() -> Iterator[Cell]:
+    """rho, other tasks, attacks, optimizers, and full fine-tuning."""
+    for rho in (0.1, 0.5, 1.0, 2.0):
+        yield Cell(rho=rho)
+    for arm in ("plain", "safegrad"):
+        yield Cell(arm, 0.3, task="agnews")
+        yield Cell(arm, 0.3, task="gsm8k")
+        yield Cell(arm, attack="identity")
+        yield Cell(arm, lr=3e-5, mode="full")
+        yield Cell(arm, lr=0.3, optimizer="sgd")
+        yield Cell(arm, lr=3e-3, optimizer="muon")
+        yield Cell(arm, lr=1e-3, optimizer="schedulefree")
+
+
+def smoke() -> Iterator[Cell]:
+    """Plain against SafeGrad on the data of the examples, in minutes."""
+    for arm in ("plain", "safegrad"):
+        yield Cell(arm, 0.3, task="tickets", steps=12)
+
+
+def everything() -> Iterator[Cell]:
+    """All of it, most informative first; some cells are in more than one plan."""
+    yield from headline((0.3, 0.9))
+    yield from few_samples()
+    yield from headline((0.0, 0.1))
+    yield from ablations()
+    yield from long_and_fast()
+    yield from headline((0.5, 0.7, 1.0))
+    yield from axes()
+
+
+PLANS = {
+    "smoke": smoke,
+    "headline": headline,
+    "few-samples": few_samples,
+    "ablations": ablations,
+    "long-and-fast": long_and_fast,
+    "axes": axes,
+    "all": everything,
+}

@@ -1,0 +1,41 @@
+"""Finished cells as JSON lines: appended whole, and a line cut short by a kill is taken away."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cells import Cell
+
+__all__ = ["append", "finished", "read"]
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Write one line to the end of the file and to the disk, in one call, so that writers do not mix."""
+    data = (json.dumps(line) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of the file, none if it is not there.
+
+    Raises:
+        ValueError: a line other than the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole, _, rest = text.rpartition("\n")
+    if rest:  # killed while writing
+        os.truncate(path, len(text.encode()) - len(rest.encode()))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def finished(path: Path) -> set[Cell]:
+    """The cells that need not be run."""
+    return {Cell(**line["cell"]) for line in read(path)}
