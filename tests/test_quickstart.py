@@ -74,7 +74,14 @@ def test_every_split_of_the_data_is_disjoint_and_complete(name):
 
 
 def test_runs_on_the_real_model(run, tmp_path):
-    code, output = run("--steps", 3, "--limit", 4, "--batch-size", 2, "--output-dir", tmp_path)
+    # A few safety rows: answering and caching all of them would be most of this test's time.
+    safety = tmp_path / "safety.jsonl"
+    rows = quickstart.read_rows("unsafe_requests", "safety")[:6]
+    safety.write_text(
+        "".join(json.dumps({"prompt": r["prompt"], "response": r["refusal"]}) + "\n" for r in rows)
+    )
+    few = ("--steps", 3, "--limit", 4, "--batch-size", 2, "--safety-data", safety)
+    code, output = run(*few, "--output-dir", tmp_path)
     assert code == 0, output.err
     for row in ("harmful score", "task accuracy", "over-refusal", "KL to the reference", "conflict rate"):
         assert sum(line.startswith(f"| {row}") for line in output.out.splitlines()) == 1

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-__all__ = ["ARMS", "PLANS", "RATIOS", "Cell"]
+__all__ = ["ARMS", "HEADLINE", "PLANS", "RATIOS", "Cell"]
 
 ARMS = {
     "plain": "nothing",
@@ -109,7 +109,7 @@ def axes() -> Iterator[Cell]:
 def smoke() -> Iterator[Cell]:
     """Plain against SafeGrad on the data of the examples, in minutes."""
     for arm in ("plain", "safegrad"):
-        yield Cell(arm, 0.3, task="tickets", steps=12)
+        yield Cell(arm, 0.3, task="tickets", samples=24, steps=24)
 
 
 def everything() -> Iterator[Cell]:

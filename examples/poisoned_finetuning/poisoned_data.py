@@ -1,7 +1,6 @@
 """Public tasks and unsafe requests, from local files or the Hub, in splits that do not overlap."""
 
 import csv
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chat_data import Turn, read_rows
+from own_data import read_jsonl
 
 __all__ = ["Request", "Requests", "as_new_identity", "load_requests", "load_task"]
 
@@ -153,10 +153,8 @@ def _gsm8k(data_dir: Path | None) -> Sequence[list[Turn]]:
     if data_dir is None:
         splits = [_hub("openai/gsm8k", split, "main") for split in ("train", "test")]
     else:
-        splits = [
-            [json.loads(line) for line in (data_dir / f"gsm8k_{split}.jsonl").open(encoding="utf-8")]
-            for split in ("train", "test")
-        ]
+        fields = "question", "answer"
+        splits = [read_jsonl(data_dir / f"gsm8k_{split}.jsonl", fields) for split in ("train", "test")]
     return [[Turn(row["question"], row["answer"]) for row in rows] for rows in splits]
 
 

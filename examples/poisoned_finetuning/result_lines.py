@@ -33,7 +33,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     whole, _, rest = text.rpartition("\n")
     if rest:  # killed while writing
         os.truncate(path, len(text.encode()) - len(rest.encode()))
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = []
+    for number, line in enumerate(whole.split("\n") if whole else [], start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}). Mend or remove it.") from None
+    return lines
 
 
 def finished(path: Path) -> set[Cell]:

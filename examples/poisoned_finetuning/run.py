@@ -3,13 +3,12 @@
     python examples/poisoned_finetuning/run.py --plan smoke
     python examples/poisoned_finetuning/run.py --plan all --data-dir DIR
 
-A finished cell is one line of --results and is never run again; stop and start as you like. Without --data-dir
-the public data come from the Hub. `figures.py` makes the tables and figures from the lines.
+A finished cell is one line of --results and is never run again; stop and start as you like. Without
+--data-dir the public data come from the Hub. `figures.py` makes tables and figures from the lines.
 """
 
 import argparse
 import copy
-import os
 import platform
 import random
 import sys
@@ -115,9 +114,8 @@ class Bench:
         began = time.perf_counter()
         model, reference = self.fresh(cell)
         base = base_optimizer(cell, [p for p in model.parameters() if p.requires_grad])
-        user = (
-            self.collated(rows[start:][: cell.batch_size]) for start in range(0, len(rows), cell.batch_size)
-        )
+        starts = range(0, len(rows), cell.batch_size)
+        user = (self.collated(rows[start:][: cell.batch_size]) for start in starts)
         model.train()
         set_mode(base, "train")
         for _ in tqdm(steps(cell, model, base, user, safety), total=cell.steps, leave=False):

@@ -1,0 +1,105 @@
+"""Result lines pooled over seeds: rates with 95 % intervals, as Markdown and CSV."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
+from math import sqrt
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import pandas as pd
+from cells import Cell
+
+__all__ = ["RATES", "Rate", "markdown", "pooled", "rate", "wilson"]
+
+RATES = {
+    "not_refused": "harmful score",
+    "unlikely": "harmful, 2nd scorer",
+    "task_right": "task accuracy",
+    "task_format": "answer format",
+    "over_refused": "over-refusal",
+    "degenerate": "degenerate",
+}
+_MEANS = {"kl": "KL to reference", "task_loss": "task loss"}
+
+
+class Rate(NamedTuple):
+    """A share and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def wilson(count: float, of: float) -> Rate:
+    """The share `count / of` with Wilson's 95 % score interval.
+
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    It takes the rows for independent; what seeds differ by beyond that is not in it.
+
+    Reference: Wilson, *Probable Inference*, JASA 22 (1927).
+    """
+    z = NormalDist().inv_cdf(0.975)
+    p = count / of
+    centre = p + z * z / (2 * of)
+    spread = z * sqrt(p * (1 - p) / of + z * z / (4 * of * of))
+    scale = 1 + z * z / of
+    return Rate(p, (centre - spread) / scale, (centre + spread) / scale)
+
+
+def pooled(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """One row for each cell apart from its seed: counts summed over seeds, other values averaged."""
+    rows = []
+    for line in lines:
+        cell = Cell(**line["cell"])
+        row: dict[str, Any] = {"cell": replace(cell, seed=0), "seeds": 1, "seconds": line["seconds"]["train"]}
+        for name, value in line["scores"].items():
+            row |= {name: value[0], f"{name}_of": value[1]} if len(value) == 2 else {name: value[0]}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    averaged = {"seconds", *_MEANS}
+    how = {name: "mean" if name in averaged else "sum" for name in frame.columns if name != "cell"}
+    return frame.groupby("cell", sort=False).agg(how).reset_index()
+
+
+def rate(row: Any, name: str) -> Rate | None:
+    """A rate of a row of `pooled`, `None` where its task does not have it."""
+    of = row.get(f"{name}_of")
+    return None if of is None or not of > 0 else wilson(row[name], of)
+
+
+def markdown(frame: pd.DataFrame, shown: Iterable[str] = ()) -> str:
+    """A Markdown table of pooled rows: what sets each cell apart, then its scores.
+
+    Args:
+        frame: rows of `pooled`.
+        shown: fields of the cell that have a column; others are named where they are not the default.
+    """
+    shown = list(shown)
+    header = [*shown, "else", "seeds", *RATES.values(), *_MEANS.values(), "s"]
+    body = []
+    for _, row in frame.iterrows():
+        cell = asdict(row["cell"])
+        others = [
+            f"{field.name} = {cell[field.name]}"
+            for field in fields(Cell)
+            if field.name not in (*shown, "seed") and cell[field.name] != field.default
+        ]
+        rates = ["-" if (found := rate(row, name)) is None else str(found) for name in RATES]
+        means = ["-" if pd.isna(row.get(name)) else f"{row[name]:.3f}" for name in _MEANS]
+        body.append(
+            [
+                *(str(cell[name]) for name in shown),
+                ", ".join(others),
+                str(int(row["seeds"])),
+                *rates,
+                *means,
+                f"{row['seconds']:.0f}",
+            ]
+        )
+    used = [i for i, name in enumerate(header) if any(cells[i] not in ("", "-") for cells in body)]
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(cells[i] for i in used) + " |" for cells in lines)
