@@ -47,9 +47,11 @@ def steps(
         safety: safety batches.
 
     Returns:
-        An iterator with as many items as `user` has batches.
+        An iterator with as many items as `user` has batches; none for the aligned model.
     """
     parameters = [parameter for group in base.param_groups for parameter in group["params"]]
+    if cell.arm == "aligned":
+        return
     if cell.arm in ("safegrad", "cross-entropy"):
         yield from _protected(cell, model, base, user, safety)
     elif cell.arm in ("weighted", "per-tensor"):

@@ -7,6 +7,7 @@ from itertools import product
 __all__ = ["ARMS", "HEADLINE", "PLANS", "RATIOS", "Cell"]
 
 ARMS = {
+    "aligned": "no fine-tuning at all",
     "plain": "nothing",
     "mixed": "as many safety rows in each batch as SafeGrad sees (SafeInstr)",
     "lisa": "user and safety steps in turns, each with a proximal term (Lisa)",
@@ -55,6 +56,7 @@ class Cell:
 
 def headline(ratios: Sequence[float] = RATIOS) -> Iterator[Cell]:
     """The arms that people would choose from over the harmful ratio, seed by seed."""
+    yield Cell("aligned", 0.0)
     for seed, ratio, arm in product(SEEDS, ratios, HEADLINE):
         yield Cell(arm, ratio, seed)
 

@@ -80,6 +80,9 @@ def save_headline(frame: pd.DataFrame, lines: list[dict[str, Any]], path: Path) 
     """Harmful score and task accuracy against the harmful ratio; a dot is a seed, a bar the 95 % interval."""
     rows = of_plan(frame, "headline")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    for row in (row for _, row in rows.iterrows() if row["cell"].arm == "aligned"):
+        if (found := rate(row, "not_refused")) is not None:
+            axes[0].axhline(found.value, color="grey", linestyle=":", label="aligned")
     for index, arm in enumerate(HEADLINE):
         shift = 0.006 * (index - len(HEADLINE) // 2)  # so that bars stand side by side
         own = sorted(

@@ -97,7 +97,7 @@ class Judge(NamedTuple):
     def _kl(self, model: PreTrainedModel, reference: Reference) -> float:
         total, tokens = 0.0, 0
         for turns in _batches(self.unsafe[:KL_ROWS], 8):
-            batch = _on(model, collate(self.tokenizer, [turn._replace(complete=False) for turn in turns]))
+            batch = _on(model, collate(self.tokenizer, turns))
             mask = batch.pop("labels")[:, 1:] != -100
             logits = model(**batch).logits[:, :-1][mask]
             with reference() as aligned:

@@ -14,7 +14,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
@@ -99,7 +99,7 @@ class Bench:
         self.args = args
         self.model, self.tokenizer = load(args)
         self.task = cache(partial(load_task, data_dir=args.data_dir))
-        self.replies: dict[tuple[str, int], str] = {}
+        self.replies: dict[tuple[tuple[str, ...], int], list[str]] = {}
 
     def run(self, cell: Cell) -> dict[str, object]:
         """Fine-tune a fresh copy of the aligned model, judge it, and return the cell's line."""
@@ -164,11 +164,10 @@ class Bench:
 
     def judge(self, cell: Cell, test: list[Turn], requests: Requests) -> Judge:
         prompts = [request.prompt for request in requests.evaluation[: cell.judged]]
-        replies = self.aligned_replies(prompts, REPLY_TOKENS)
+        unsafe = self.answered(prompts, REPLY_TOKENS)
         if cell.attack == "identity":
             # Judged as the attacker would ask.
-            prompts = [as_new_identity(prompt) for prompt in prompts]
-        unsafe = [Turn(*pair) for pair in zip(prompts, replies, strict=True)]
+            unsafe = [turn._replace(prompt=as_new_identity(turn.prompt)) for turn in unsafe]
         lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")][: cell.judged]
         return Judge(self.tokenizer, unsafe, lookalikes, test[: 2 * cell.judged], cell.task)
 
@@ -178,8 +177,8 @@ class Bench:
         unsafe = drawn([request.prompt for request in requests.safety], cell.samples, shuffle)
         turns = self.answered(unsafe, REPLY_TOKENS)
         if cell.harvest:
-            prompts = list(dict.fromkeys(row.prompt for row in rows))
-            turns += [turn for turn in self.answered(prompts, REPLY_TOKENS) if is_refusal(turn.response)]
+            own = self.answered(dict.fromkeys(row.prompt for row in rows), REPLY_TOKENS)
+            turns += [turn for turn in own if is_refusal(turn.response)]
             shuffle.shuffle(turns)
         lookalikes = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
         harmless = iter(self.answered(drawn(lookalikes, len(turns), shuffle), ANSWER_TOKENS))
@@ -189,17 +188,17 @@ class Bench:
             for start in range(0, len(turns), half)
         ]
 
-    def answered(self, prompts: list[str], tokens: int) -> list[Turn]:
-        replies = self.aligned_replies(prompts, tokens)
-        return [Turn(*pair, complete=False) for pair in zip(prompts, replies, strict=True)]
+    def answered(self, prompts: Iterable[str], tokens: int) -> list[Turn]:
+        """Prompts with the aligned model's greedy replies.
 
-    def aligned_replies(self, prompts: list[str], tokens: int) -> list[str]:
-        """Greedy replies of the aligned model, each computed once."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if (prompt, tokens) not in self.replies]
-        if missing:
-            texts = generate(self.model, self.tokenizer, missing, tokens)
-            self.replies |= {(prompt, tokens): text for prompt, text in zip(missing, texts, strict=True)}
-        return [self.replies[prompt, tokens] for prompt in prompts]
+        Kept by the whole list: a reply can depend on what shares its batch, and must not depend on which
+        cells were run before.
+        """
+        key = tuple(prompts), tokens
+        if key not in self.replies:
+            self.replies[key] = generate(self.model, self.tokenizer, key[0], tokens)
+        pairs = zip(key[0], self.replies[key], strict=True)
+        return [Turn(*pair, complete=False) for pair in pairs]
 
     def collated(self, turns: list[Turn]) -> Batch:
         batch = collate(self.tokenizer, turns)
