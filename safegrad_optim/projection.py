@@ -45,11 +45,9 @@ Gradients = Sequence[Tensor | None]
 
 # What two gradients of a parameter have in common.
 _TRAITS = ("shape", "dtype", "device", "placement")
-# Beyond this number of elements rounding is measured on a sample, which costs next to nothing: a run of
-# elements at each stride, an odd number of runs, so that no power of two of them is a column of a matrix.
-_EXACT = 1 << 20
+# Rounding is measured on about as many elements, in runs: the sample costs next to nothing beside long lists.
+_SAMPLE = 1 << 20
 _RUN = 1 << 9
-_STRIDE = 127 * _RUN
 
 
 class GradientProducts(NamedTuple):
@@ -88,8 +86,8 @@ class SurgeryStats(NamedTuple):
     residual_cosine: Tensor
     """Cosine with g_align of the user part of the final gradient: of a conflict, what rounding left.
 
-    Rounding is measured for half-precision gradients: of more than 2^20 elements on a sample, to some
-    1e-5. NaN where those are sharded, where it would take a second all-reduce. In fp32 and wider the
+    Rounding is measured for half-precision gradients: of long lists on a sample of about 2^20 elements,
+    to some 1e-5. NaN where those are sharded, where it would take a second all-reduce. In fp32 and wider the
     rounding is below what the sums can tell.
     """
     final_norm: Tensor
@@ -357,13 +355,14 @@ def _is_on_cpu(gradients: Sequence[Weighted]) -> bool:
 def _left_by_rounding(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tensor) -> Tensor:
     """<round(u + c a) - (u + c a), a> over pairs (u, a), before any of them is changed.
 
-    Of more than `_EXACT` elements it is estimated on a sample, to some 1e-5 of ||u|| ||a||.
+    Of many elements it is estimated on a sample, to some 1e-5 of ||u + c a|| ||a||.
     """
     dense = [_dense(*pair) for pair in pairs]
-    is_long = sum(user.numel() for user, _ in dense) > _EXACT
+    # Odd, so that with rows of any power of two the runs are not of the same columns.
+    every = sum(user.numel() for user, _ in dense) // _SAMPLE | 1
     scale = cache(coefficient.to)
     products: list[Tensor] = []
-    for block in blocks([_sample(*pair) if is_long else (pair, 1.0) for pair in dense]):
+    for block in blocks([_sample(pair, every) for pair in dense]):
         u, a = block.values
         u.addcmul_(a, scale(u.device, u.dtype))
         rounded = u.to(block.parts[0][0].dtype)
@@ -371,14 +370,16 @@ def _left_by_rounding(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tenso
     return _total(products, coefficient.device)
 
 
-def _sample(user: Tensor, alignment: Tensor) -> Weighted:
-    """Runs of elements spread over two gradients, and how many times as many elements those have."""
-    run = min(_RUN, user.numel())
-    if run == 0 or not (user.is_contiguous() and alignment.is_contiguous()):
-        return (user, alignment), 1.0
-    count = 1 + (user.numel() - run) // _STRIDE
-    runs = tuple(gradient.as_strided((count, run), (_STRIDE, 1)) for gradient in (user, alignment))
-    return runs, user.numel() / (count * run)
+def _sample(pair: tuple[Tensor, ...], every: int) -> Weighted:
+    """One of `every` runs of elements of each gradient, and how many times as many elements they have."""
+    elements = pair[0].numel()
+    run = min(_RUN, elements)
+    if every == 1 or run == 0 or not all(gradient.is_contiguous() for gradient in pair):
+        return pair, 1.0
+    stride = every * _RUN
+    count = 1 + (elements - run) // stride
+    runs = tuple(gradient.as_strided((count, run), (stride, 1)) for gradient in pair)
+    return runs, elements / (count * run)
 
 
 def _norm_of_sum(products: GradientProducts, coefficient: Tensor) -> Tensor:
