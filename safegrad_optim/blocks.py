@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 __all__ = ["Block", "Weighted", "blocks", "widened_dtype"]
 
@@ -36,28 +37,14 @@ class Block(NamedTuple):
     """Of each gradient, 1-D, in fp32 or better; a view of it or a copy that lasts until the next block."""
     weight: float
     """The weight given with the gradients."""
-    narrow: tuple[Tensor, ...]
-    """Memory for `values` in the dtype of the gradients; empty where `values` are views."""
     parts: Sequence[tuple[Tensor, ...]]
-    """What `values` were copied from."""
+    """What `values` were copied from; empty where they are views."""
 
     def write_first(self) -> None:
-        """Give the values of the first gradient back to it, rounded to its dtype, and keep them so."""
-        if not self.parts:
-            return
-        value, narrow = self.values[0], self.narrow[0]
-        targets = [part[0] for part in self.parts]
-        if len(targets) == 1:
-            (narrow,) = targets
-            narrow.copy_(value.view(narrow.shape))
-        else:
-            if narrow is not value:
-                narrow.copy_(value)
-            pieces = narrow.split([target.numel() for target in targets])
-            sources = [piece.view(target.shape) for piece, target in zip(pieces, targets, strict=True)]
-            torch._foreach_copy_(targets, sources)
-        if narrow.dtype != value.dtype:
-            value.view(narrow.shape).copy_(narrow)
+        """Give the values of the first gradient back to it, rounded to its dtype."""
+        if self.parts:
+            targets = [part[0] for part in self.parts]
+            torch._foreach_copy_(targets, _unflatten_dense_tensors(self.values[0], targets))
 
 
 def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
@@ -67,17 +54,16 @@ def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
         gradients: dense gradients of one parameter each, of equal shape, dtype and device, with a weight;
             only gradients of one weight share a block.
     """
-    parts = [(part, weight) for tensors, weight in gradients for part in _parts(tensors)]
-    scratch = _Scratch(sum(part[0].numel() for part, _ in parts))
+    scratch = _Scratch(sum(tensors[0].numel() * (1 + tensors[0].is_complex()) for tensors, _ in gradients))
     waiting: dict[tuple[torch.device, torch.dtype, float], list[tuple[Tensor, ...]]] = defaultdict(list)
     filled: Counter[tuple[torch.device, torch.dtype, float]] = Counter()
-    for part, weight in parts:
+    for part, weight in ((part, weight) for tensors, weight in gradients for part in _parts(tensors)):
         first = part[0]
         sizes = _sizes(first.device)
-        is_copied = first.dtype != widened_dtype(first.dtype) or first.dim() != 1
-        if not is_copied and first.numel() >= sizes.alone:
-            yield Block(part, weight, (), ())
-        elif is_copied and 8 * first.numel() >= sizes.block:
+        is_wide = first.dtype == widened_dtype(first.dtype)
+        if is_wide and first.numel() >= sizes.alone and all(tensor.is_contiguous() for tensor in part):
+            yield Block(tuple(tensor.view(-1) for tensor in part), weight, ())
+        elif 8 * first.numel() >= sizes.block:
             yield scratch.gather([part], weight)
         else:
             key = first.device, first.dtype, weight
@@ -101,16 +87,15 @@ def _sizes(device: torch.device) -> _Sizes:
 
 
 def _parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same elements of each tensor, no larger than a block, 1-D where strides allow it."""
+    """Views of the same elements of each tensor, no larger than a block; small tensors as they are."""
     if tensors[0].is_complex():
         tensors = tuple(torch.view_as_real(tensor.resolve_conj()) for tensor in tensors)
     first = tensors[0]
     limit = _sizes(first.device).block
-    if all(tensor.is_contiguous() for tensor in tensors):
-        flat = tuple(tensor.view(-1) for tensor in tensors)
-        yield from [flat] if len(flat[0]) <= limit else zip(*(t.split(limit) for t in flat), strict=True)
-    elif first.numel() <= limit:
+    if first.numel() <= limit:
         yield tensors
+    elif all(tensor.is_contiguous() for tensor in tensors):
+        yield from zip(*(tensor.view(-1).split(limit) for tensor in tensors), strict=True)
     else:
         longest = max(range(first.dim()), key=lambda dim: first.shape[dim])
         for half in zip(*(tensor.chunk(2, longest) for tensor in tensors), strict=True):
@@ -131,20 +116,11 @@ class _Scratch:
     def gather(self, parts: Sequence[tuple[Tensor, ...]], weight: float) -> Block:
         """Copy parts one after the other, each of the gradients apart."""
         first = parts[0][0]
-        rows, size = len(parts[0]), sum(part[0].numel() for part in parts)
-        values = self._rows(rows, size, first.device, widened_dtype(first.dtype))
-        if len(parts) == 1:
-            for value, tensor in zip(values, parts[0], strict=True):
-                value.view(tensor.shape).copy_(tensor)
-            return Block(values, weight, values, parts)
-        narrow = values
-        if first.dtype != values[0].dtype:
-            narrow = self._rows(rows, size, first.device, first.dtype)
-        for value, row, tensors in zip(values, narrow, zip(*parts, strict=True), strict=True):
-            torch.cat([tensor.reshape(-1) for tensor in tensors], out=row)
-            if row is not value:
-                value.copy_(row)
-        return Block(values, weight, narrow, parts)
+        size = sum(part[0].numel() for part in parts)
+        values = self._rows(len(parts[0]), size, first.device, widened_dtype(first.dtype))
+        for value, tensors in zip(values, zip(*parts, strict=True), strict=True):
+            torch._foreach_copy_(_unflatten_dense_tensors(value, tensors), tensors)
+        return Block(values, weight, parts)
 
     def _rows(self, count: int, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         key = device, dtype

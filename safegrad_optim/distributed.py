@@ -44,12 +44,12 @@ def is_distributed_tensor(tensor: Tensor) -> bool:
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, in the same memory."""
     if not is_distributed_tensor(tensor):
         return tensor
-    shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return shard
 
 

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safegrad_optim import blocks, combine, combine_, inner_products, project_conflicting
+from safegrad_optim import blocks, combine, combine_, inner_products, project_conflicting, projection
 from tests import oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -46,6 +46,12 @@ def assert_matches_oracle(found, user, alignment, rho):
         largest = terms[0] + coefficient * terms[-1]
         error = (oracle.widen(gradient) - reference).abs().max().item()
         assert error <= (eps + accumulation) * largest + torch.finfo(gradient.dtype).tiny
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Take the way of tensors on a device, where nothing may be read back and each kernel costs."""
+    monkeypatch.setattr(projection, "_is_on_cpu", lambda gradients: False)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -167,6 +173,34 @@ def test_small_conflicts_survive_bf16_rounding_and_are_reported():
     assert float(stats.cosine) < measured < -1e-5
     in_fp32 = combine([u.float() for u in user], [a.float() for a in alignment], 0.0)[1]
     assert abs(float(in_fp32.residual_cosine)) < 1e-7
+
+
+def test_on_long_lists_what_rounding_leaves_is_estimated():
+    # Most of the small tensors' corrections are lost, and of the large one's hardly any.
+    shapes = [(3000, 1000), *[(80, 100)] * 80, (300,), (0, 3)]
+    user, alignment = conflicting(shapes, cosine=-1e-3)
+    user[0], alignment[0] = 0.1 * user[0], 0.3 * alignment[0]
+    user, alignment = ([grad.bfloat16() for grad in grads] for grads in (user, alignment))
+    final, stats = combine(user, alignment, rho=0.0)
+    measured = torch.cosine_similarity(oracle.concatenate(final), oracle.concatenate(alignment), dim=0).item()
+    assert measured < -1e-4
+    assert float(stats.residual_cosine) == pytest.approx(measured, abs=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", "other"])
+def test_half_precision_is_rounded_once(dtype, device, request):
+    if device == "other":
+        request.getfixturevalue("as_on_a_device")
+    user, alignment = conflicting([(300, 7), (40_001,), (5, 4, 3)], dtype)
+    user[0] = user[0].t().contiguous().t()
+    final, stats = combine(user, alignment, 0.3)
+    coefficient = 0.3 - float(stats.inner_product) / float(stats.alignment_norm) ** 2
+    for found, u, a in zip(final, user, alignment, strict=True):
+        exact = u.double() + coefficient * a.double()
+        half_an_ulp = torch.finfo(dtype).eps / 2 * (exact.abs() + torch.finfo(dtype).tiny)
+        in_fp32 = 1e-6 * (u.double().abs() + coefficient * a.double().abs())
+        assert bool(((found.double() - exact).abs() <= half_an_ulp + in_fp32).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -338,7 +372,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place_surgery_reads_nothing_back_and_copies_one_block(dtype):
+def test_in_place_surgery_reads_nothing_back_and_copies_one_block(dtype, as_on_a_device):
     user, alignment = conflicting([(4 * blocks._CPU.block,)] * 2, dtype)
     with Watch() as watch:
         combine_(user, alignment, 1.0)
@@ -347,7 +381,7 @@ def test_in_place_surgery_reads_nothing_back_and_copies_one_block(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_tensors_share_their_kernels(dtype):
+def test_small_tensors_share_their_kernels(dtype, as_on_a_device):
     counts = []
     for tensors in (10, 400):
         user, alignment = conflicting([(8, 64)] * tensors, dtype)
@@ -355,6 +389,23 @@ def test_small_tensors_share_their_kernels(dtype):
             combine_(user, alignment, 1.0)
         counts.append(watch.kernels)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_surgery_copies_one_block(dtype):
+    user, alignment = conflicting([(4 * blocks._CPU.block,)] * 2, dtype)
+    with Watch() as watch:
+        combine_(user, alignment, 1.0)
+    assert watch.largest <= (2 * blocks._CPU.block if dtype == torch.bfloat16 else 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_devices_do_as_the_cpu_does(dtype, monkeypatch):
+    user, alignment = conflicting([(300, 7), (8, 64), (), (0, 3), (2 * blocks._CPU.block + 3,)], dtype)
+    on_cpu, _ = combine(user, alignment, 1.0)
+    monkeypatch.setattr(projection, "_is_on_cpu", lambda gradients: False)
+    for found, expected in zip(combine(user, alignment, 1.0)[0], on_cpu, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_statistics_are_read_at_once():
