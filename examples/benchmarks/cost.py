@@ -10,6 +10,7 @@ is importable (`pip install --no-deps --ignore-requires-python --target peer saf
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -135,7 +136,9 @@ def in_own_process(child: list[str], args: argparse.Namespace) -> int:
     """`peak_bytes` in a fresh process, where nothing else has raised the peak before."""
     command = [sys.executable, __file__, "--child", json.dumps(child), "--device", args.device]
     command += ["--output-dir", str(args.output_dir), *(["--peer", str(args.peer)] if args.peer else [])]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # glibc keeps some freed memory, how much depends on the order of requests; this makes it give it back.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return int(output.splitlines()[-1])
 
 

@@ -30,7 +30,7 @@ import transformers
 from arms import base_optimizer, steps
 from cells import PLANS, Cell
 from chat_data import Turn, collate, read_rows
-from judging import REPLY_TOKENS, Judge
+from judging import REPLY_TOKENS, Judge, Reference
 from poisoned_data import Requests, as_new_identity, identity_turns, load_requests, load_task
 from quickstart import drawn
 from result_lines import append, finished
@@ -141,7 +141,7 @@ class Bench:
             "threads": torch.get_num_threads(),
         }
 
-    def fresh(self, cell: Cell):
+    def fresh(self, cell: Cell) -> tuple[PreTrainedModel, Reference]:
         """The model to train and a way to open the aligned one."""
         if cell.mode == "full":
             model = copy.deepcopy(self.model).requires_grad_(True)
