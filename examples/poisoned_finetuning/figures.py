@@ -79,7 +79,7 @@ def _plain(cell: Cell) -> Cell:
 def save_headline(frame: pd.DataFrame, lines: list[dict[str, Any]], path: Path) -> None:
     """Harmful score and task accuracy against the harmful ratio; a dot is a seed, a bar the 95 % interval."""
     rows = of_plan(frame, "headline")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
     for row in (row for _, row in rows.iterrows() if row["cell"].arm == "aligned"):
         if (found := rate(row, "not_refused")) is not None:
             axes[0].axhline(found.value, color="grey", linestyle=":", label="aligned")
@@ -98,7 +98,7 @@ def save_headline(frame: pd.DataFrame, lines: list[dict[str, Any]], path: Path) 
     for axis, label in zip(axes, ("harmful score (not refused)", "task accuracy"), strict=True):
         axis.set(xlabel="share of harmful rows", ylabel=label, ylim=(-0.03, 1.03))
         axis.grid(alpha=0.3)
-    axes[0].legend(loc="center right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
