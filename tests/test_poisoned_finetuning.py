@@ -38,6 +38,7 @@ def test_a_line_cut_short_by_a_kill_is_taken_away_and_its_cell_run_again(tmp_pat
     assert finished(path) == {Cell(seed=0), Cell(seed=1)}
     append(path, lines[2])
     assert path.read_bytes() == whole
+    append(path, lines[0] | {"note": "run by two processes"})
     assert read(path) == lines
 
 
@@ -236,10 +237,14 @@ def test_empty_and_repetitive_replies_are_degenerate(reply, is_degenerate):
 
 
 # From Brown, Cai and DasGupta, Interval estimation for a binomial proportion (2001), and by hand.
-@pytest.mark.parametrize(("count", "of", "low", "high"), [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962)])
-def test_wilson_interval(count, of, low, high):
+@pytest.mark.parametrize(
+    ("count", "of", "low", "high"),
+    [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962), (300, 300, 0.9874, 1.0)],
+)
+def test_wilson_interval_holds_the_share(count, of, low, high):
     found = wilson(count, of)
     assert found == pytest.approx((count / of, low, high), abs=1e-4)
+    assert found.low <= found.value <= found.high
 
 
 def test_seeds_are_pooled_and_a_table_names_what_differs():

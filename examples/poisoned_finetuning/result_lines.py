@@ -22,7 +22,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of the file, none if it is not there.
+    """The lines of the file, none if it is not there; the first of a cell that two processes ran at a time.
 
     Raises:
         ValueError: a line other than the last is not JSON.
@@ -33,13 +33,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     whole, _, rest = text.rpartition("\n")
     if rest:  # killed while writing
         os.truncate(path, len(text.encode()) - len(rest.encode()))
-    lines = []
+    lines: dict[Cell, dict[str, Any]] = {}
     for number, line in enumerate(whole.split("\n") if whole else [], start=1):
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}). Mend or remove it.") from None
-    return lines
+        lines.setdefault(Cell(**found["cell"]), found)
+    return list(lines.values())
 
 
 def finished(path: Path) -> set[Cell]:

@@ -47,7 +47,8 @@ def wilson(count: float, of: float) -> Rate:
     centre = p + z * z / (2 * of)
     spread = z * sqrt(p * (1 - p) / of + z * z / (4 * of * of))
     scale = 1 + z * z / of
-    return Rate(p, (centre - spread) / scale, (centre + spread) / scale)
+    # At 0 and 1 rounding would take the last digit of the share, which belongs to the interval.
+    return Rate(p, max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale)))
 
 
 def pooled(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
