@@ -40,6 +40,8 @@ class Cell:
     positions: str = "response"
     rho: float = 5.0
     refresh_every: int = 1
+    safety_batch_size: int = 8
+    """Safety rows a step, half of them unsafe requests."""
     lr: float = 5e-4
     steps: int = 40
     batch_size: int = 8
@@ -94,6 +96,21 @@ def long_and_fast() -> Iterator[Cell]:
     yield Cell(steps=120)
 
 
+def cheaper() -> Iterator[Cell]:
+    """What saves more at the same protection: an older alignment gradient, or fewer rows in each."""
+    for seed, (every, rows) in product(SEEDS, ((1, 8), (4, 8), (4, 4), (1, 2))):
+        yield Cell(seed=seed, refresh_every=every, safety_batch_size=rows)
+
+
+def task_cost() -> Iterator[Cell]:
+    """Why SafeGrad costs accuracy where most rows are harmful: rho, time, or the task."""
+    for rho in (1.0, 2.0):
+        yield Cell(ratio=0.7, seed=1, rho=rho)
+    for arm in ("plain", "safegrad"):
+        yield Cell(arm, 0.7, seed=1, steps=80)
+        yield Cell(arm, 0.7, seed=1, task="agnews")
+
+
 def axes() -> Iterator[Cell]:
     """rho, other tasks, attacks, optimizers, and full fine-tuning."""
     for rho in (0.1, 0.5, 1.0, 2.0):
@@ -121,6 +138,8 @@ def everything() -> Iterator[Cell]:
     yield from headline((0.0, 0.1, 0.5, 0.7, 1.0))
     yield from ablations()
     yield from long_and_fast()
+    yield from cheaper()
+    yield from task_cost()
     yield from axes()
 
 
@@ -130,6 +149,8 @@ PLANS = {
     "few-samples": few_samples,
     "ablations": ablations,
     "long-and-fast": long_and_fast,
+    "cheaper": cheaper,
+    "task-cost": task_cost,
     "axes": axes,
     "all": everything,
 }

@@ -28,6 +28,8 @@ SHOWN = {
     "few-samples": ("samples", "attack"),
     "ablations": ("ratio", "arm"),
     "long-and-fast": ("lr", "steps"),
+    "cheaper": ("refresh_every", "safety_batch_size"),
+    "task-cost": ("task", "steps", "arm"),
     "axes": ("arm",),
     "smoke": ("arm",),
 }

@@ -182,7 +182,7 @@ class Bench:
             shuffle.shuffle(turns)
         lookalikes = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
         harmless = iter(self.answered(drawn(lookalikes, len(turns), shuffle), ANSWER_TOKENS))
-        half = cell.batch_size // 2
+        half = cell.safety_batch_size // 2
         return [
             self.collated([*turns[start : start + half], *islice(harmless, half)])
             for start in range(0, len(turns), half)
