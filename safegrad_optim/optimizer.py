@@ -1,9 +1,8 @@
 """SafeGradOptimizer: any torch optimizer, with gradient surgery inside its step."""
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,36 +15,21 @@ from safegrad_optim.distributed import (
     require_same,
     sum_over_ranks,
 )
-from safegrad_optim.projection import (
-    GradientProducts,
-    SurgeryStats,
-    check_gradients,
-    combine_,
-    inner_products,
+from safegrad_optim.gradient_checks import Gradients
+from safegrad_optim.gradient_products import GradientProducts, inner_products
+from safegrad_optim.named_gradients import in_order, named
+from safegrad_optim.optimizer_checks import (
+    UnprotectedStepError,
+    check_alignment,
+    check_base,
+    check_groups,
+    check_own_memory,
 )
+from safegrad_optim.optimizer_state import OWN_STATE, StepCounts, as_numbers, from_numbers, without_numbers
+from safegrad_optim.projection import combine_
+from safegrad_optim.surgery_stats import SurgeryStats
 
-__all__ = ["SafeGradOptimizer", "StepCounts", "UnprotectedStepError"]
-
-AlignmentGrads = Sequence[Tensor | None]
-
-_OWN_STATE = "safegrad"
-
-
-class UnprotectedStepError(RuntimeError):
-    """A step was refused, with nothing changed, because it would have gone unprotected."""
-
-
-class StepCounts(NamedTuple):
-    """How many steps an optimizer has taken, and of which kind."""
-
-    steps: int
-    """All steps."""
-    conflicts: int
-    """Steps whose user gradient conflicted and was projected."""
-    negligible: int
-    """Steps whose alignment gradient was zero or rounding noise: plain steps by design."""
-    unprotected: int
-    """Steps without an alignment gradient, under `allow_unprotected=True`."""
+__all__ = ["SafeGradOptimizer"]
 
 
 class SafeGradOptimizer(Optimizer):
@@ -78,14 +62,16 @@ class SafeGradOptimizer(Optimizer):
     def __init__(
         self,
         base_optimizer: Optimizer,
-        alignment: Callable[[list[Tensor]], AlignmentGrads] | None = None,
+        alignment: Callable[[list[Tensor]], Gradients] | None = None,
         *,
         rho: float = 1.0,
         max_grad_norm: float | None = None,
         refresh_every: int = 1,
         allow_unprotected: bool = False,
     ) -> None:
-        _check_base(base_optimizer)
+        if isinstance(base_optimizer, SafeGradOptimizer):
+            raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
+        check_base(base_optimizer)
         if alignment is not None and not callable(alignment):
             raise TypeError(
                 f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment. "
@@ -156,7 +142,7 @@ class SafeGradOptimizer(Optimizer):
 
     def set_alignment_grad(
         self,
-        grads: AlignmentGrads | Mapping[Tensor, Tensor | None] | Mapping[str, Tensor | None],
+        grads: Gradients | Mapping[Tensor, Tensor | None] | Mapping[str, Tensor | None],
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     ) -> None:
         """Give the alignment gradient of the next step, and of that step only.
@@ -174,10 +160,11 @@ class SafeGradOptimizer(Optimizer):
         """
         parameters = self._trainable_parameters()
         if isinstance(grads, Mapping):
-            ordered = _in_order(grads, self._keys(grads, named_parameters))
+            names = named(self.param_groups) if named_parameters is None else named_parameters
+            ordered = in_order(grads, parameters, names)
         else:
             ordered = list(grads)
-        _check_alignment(parameters, ordered)
+        check_alignment(parameters, ordered)
         self._pushed = ordered
         self._pushed_versions = [_version(grad) for grad in ordered]
 
@@ -203,7 +190,7 @@ class SafeGradOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Here as well as at construction: groups may be added, or replaced by load_state_dict.
-        _check_groups(self.base_optimizer)
+        check_groups(self.base_optimizer)
         parameters = self._trainable_parameters()
         for parameter in filter(is_distributed_tensor, parameters):
             parameter.grad = placed_as(parameter.grad, parameter)
@@ -215,7 +202,7 @@ class SafeGradOptimizer(Optimizer):
         if alignment_grads is None:
             self._unprotected += 1
         else:
-            _check_own_memory(user_grads, alignment_grads)
+            check_own_memory(user_grads, alignment_grads)
             products = self._checked_products(user_grads, alignment_grads)
             self._operate(parameters, user_grads, alignment_grads, products)
         self._steps += 1
@@ -241,9 +228,9 @@ class SafeGradOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         own = self._own_state()
-        state_dict = {**self.base_optimizer.state_dict(), _OWN_STATE: own}
+        state_dict = {**self.base_optimizer.state_dict(), OWN_STATE: own}
         first, *others = state_dict["param_groups"]
-        state_dict["param_groups"] = [{**first, **_as_numbers(own)}, *others]
+        state_dict["param_groups"] = [{**first, **as_numbers(own)}, *others]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -260,8 +247,8 @@ class SafeGradOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        state_dict["param_groups"], numbers = _without_numbers(state_dict["param_groups"])
-        own = state_dict.pop(_OWN_STATE, _from_numbers(numbers))
+        state_dict["param_groups"], numbers = without_numbers(state_dict["param_groups"])
+        own = state_dict.pop(OWN_STATE, from_numbers(numbers))
         pulled = None if own is None else self._fitting(own["pulled"])
         alignment: Any = self.alignment
         if own is not None and own["alignment"] is not None and hasattr(alignment, "load_state_dict"):
@@ -322,7 +309,7 @@ class SafeGradOptimizer(Optimizer):
             None if grad is None else grad.to(parameter.device)
             for grad, parameter in zip(saved, parameters, strict=True)
         ]
-        _check_alignment(parameters, grads)
+        check_alignment(parameters, grads)
         return grads
 
     def _trainable_parameters(self) -> list[Tensor]:
@@ -338,29 +325,7 @@ class SafeGradOptimizer(Optimizer):
                     )
         return parameters
 
-    def _keys(
-        self, grads: Mapping[Any, Any], named_parameters: Iterable[tuple[str, Tensor]] | None
-    ) -> list[Any]:
-        """The key under which a mapping holds each trainable parameter's gradient."""
-        parameters = self._trainable_parameters()
-        if not any(isinstance(key, str) for key in grads):
-            return parameters
-        if named_parameters is None:
-            named_parameters = (
-                pair
-                for group in self.param_groups
-                for pair in zip(group.get("param_names", ()), group["params"], strict=False)
-            )
-        names = {parameter: name for name, parameter in named_parameters}
-        for index, parameter in enumerate(parameters):
-            if parameter not in names:
-                raise ValueError(
-                    f"Parameter {index} of shape {tuple(parameter.shape)} has no name. Pass "
-                    "named_parameters=model.named_parameters(), from the model being optimized."
-                )
-        return [names[parameter] for parameter in parameters]
-
-    def _is_state_probe(self, user_grads: AlignmentGrads) -> bool:
+    def _is_state_probe(self, user_grads: Gradients) -> bool:
         """Whether torch.distributed.checkpoint is taking a null step to make the optimizer's state."""
         if self.state or any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
             return False
@@ -388,7 +353,7 @@ class SafeGradOptimizer(Optimizer):
         grads, versions = self._pushed, self._pushed_versions
         assert grads is not None
         self._pushed, self._pushed_versions = None, []
-        _check_alignment(parameters, grads)
+        check_alignment(parameters, grads)
         for index, (grad, version) in enumerate(zip(grads, versions, strict=True)):
             if grad is not None and _version(grad) != version:
                 raise UnprotectedStepError(
@@ -398,7 +363,7 @@ class SafeGradOptimizer(Optimizer):
         return grads
 
     def _pull(
-        self, parameters: list[Tensor], alignment: Callable[[list[Tensor]], AlignmentGrads]
+        self, parameters: list[Tensor], alignment: Callable[[list[Tensor]], Gradients]
     ) -> list[Tensor | None]:
         grads = self._pulled
         # Freezing some parameters and training others must not give one the gradient of another.
@@ -413,16 +378,14 @@ class SafeGradOptimizer(Optimizer):
                         f"Computing the alignment gradient changed the user gradient of parameter "
                         f"{index}. {_name(alignment)} has to stash and restore .grad around backward()."
                     )
-            _check_alignment(parameters, grads)
+            check_alignment(parameters, grads)
             self._pulled_for = parameters
             self._pulled_age = 0
         self._pulled_age += 1
         self._pulled = grads if self._pulled_age < self.refresh_every else None
         return grads
 
-    def _checked_products(
-        self, user_grads: AlignmentGrads, alignment_grads: AlignmentGrads
-    ) -> GradientProducts:
+    def _checked_products(self, user_grads: Gradients, alignment_grads: Gradients) -> GradientProducts:
         products = inner_products(user_grads, alignment_grads)
         # The only host read of a step: nothing may change before it is known to be protected.
         inner, user_sq, alignment_sq = torch.stack(products[:3]).tolist()
@@ -461,8 +424,8 @@ class SafeGradOptimizer(Optimizer):
     def _operate(
         self,
         parameters: list[Tensor],
-        user_grads: AlignmentGrads,
-        alignment_grads: AlignmentGrads,
+        user_grads: Gradients,
+        alignment_grads: Gradients,
         products: GradientProducts,
     ) -> None:
         final, stats = combine_(user_grads, alignment_grads, self.rho, products)
@@ -475,99 +438,6 @@ class SafeGradOptimizer(Optimizer):
         self._negligible = self._negligible + stats.negligible.long()
 
 
-def _as_numbers(own: dict[str, Any]) -> dict[str, float]:
-    """State of our own, less the gradient, as entries of a parameter group."""
-    numbers: dict[str, Any] = dict(zip(StepCounts._fields, own["counts"], strict=True))
-    alignment = own["alignment"] or {}
-    if all(isinstance(value, int | float) for value in alignment.values()):
-        numbers |= alignment
-    return {f"{_OWN_STATE}_{name}": value for name, value in numbers.items()}
-
-
-def _without_numbers(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Parameter groups as the base optimizer knows them, and our own entries."""
-    prefix = f"{_OWN_STATE}_"
-    numbers = {
-        key.removeprefix(prefix): value
-        for group in groups
-        for key, value in group.items()
-        if key.startswith(prefix)
-    }
-    bare = [{key: value for key, value in group.items() if not key.startswith(prefix)} for group in groups]
-    return bare, numbers
-
-
-def _from_numbers(numbers: dict[str, float]) -> dict[str, Any] | None:
-    if not numbers:
-        return None
-    counts = [numbers[name] for name in StepCounts._fields]
-    alignment = {name: value for name, value in numbers.items() if name not in StepCounts._fields}
-    return {"counts": counts, "pulled": None, "pulled_age": 0, "alignment": alignment or None}
-
-
-def _check_base(base: Optimizer) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(
-            f"base_optimizer is a {type(base).__name__}, expected a torch.optim.Optimizer instance."
-        )
-    if isinstance(base, SafeGradOptimizer):
-        raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{type(base).__name__} evaluates its closure several times inside one step, past the "
-            "surgery. Use an optimizer whose step() takes no closure, such as AdamW."
-        )
-    _check_groups(base)
-
-
-def _check_groups(base: Optimizer) -> None:
-    # As the optimizers of pytorch_optimizer keep it.
-    if getattr(base, "maximize", False):
-        raise ValueError(
-            f"{type(base).__name__} has maximize=True, which would maximize the alignment loss as well. "
-            "Build it with maximize=False and negate the loss."
-        )
-    for index, group in enumerate(base.param_groups):
-        if group.get("differentiable"):
-            raise ValueError(
-                f"Group {index} of {type(base).__name__} has differentiable=True, but surgery is not "
-                "recorded by autograd. Build it with differentiable=False."
-            )
-        if group.get("maximize"):
-            raise ValueError(
-                f"Group {index} of {type(base).__name__} has maximize=True, which would maximize the "
-                "alignment loss as well. Build it with maximize=False and negate the loss."
-            )
-
-
-def _check_alignment(parameters: list[Tensor], grads: list[Tensor | None]) -> None:
-    check_gradients(parameters, grads)
-    if all(grad is None for grad in grads):
-        raise ValueError(
-            f"All {len(grads)} alignment gradients are None: the alignment loss does not depend on any "
-            "parameter of this optimizer. Compute it with the model whose parameters are optimized; if "
-            "DeepSpeed ZeRO has put others in their place, use FSDP2 instead."
-        )
-
-
-def _check_own_memory(user_grads: AlignmentGrads, alignment_grads: AlignmentGrads) -> None:
-    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
-        if user is None or alignment is None:
-            continue
-        user, alignment = local(user), local(alignment)
-        strided = user.layout == alignment.layout == torch.strided
-        if user is alignment or (strided and user.numel() > 0 and user.data_ptr() == alignment.data_ptr()):
-            raise UnprotectedStepError(
-                f"Alignment gradient {index} shares memory with .grad, so the two are one gradient. "
-                "Give tensors of its own, for example grad.clone()."
-            )
-
-
-def _version(grad: Tensor | None) -> int | None:
-    return None if grad is None else local(grad)._version
-
-
 def _clip_(parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
     # As torch.nn.utils.clip_grads_with_norm_, which cannot take sharded and plain gradients together.
     factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
@@ -577,21 +447,9 @@ def _clip_(parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> Non
             grad.mul_(factor.to(grad.device))
 
 
-def _in_order(grads: Mapping[Any, Tensor | None], keys: list[Any]) -> list[Tensor | None]:
-    expected = set(keys)
-    missing = [_name(key) for key in keys if key not in grads]
-    unknown = [_name(key) for key in grads if key not in expected]
-    if missing or unknown:
-        raise ValueError(
-            f"Alignment gradients miss {len(missing)} parameters {missing[:3]} and have {len(unknown)} "
-            f"unknown ones {unknown[:3]}. Give one entry (a tensor or None) per trainable parameter."
-        )
-    return [grads[key] for key in keys]
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else local(grad)._version
 
 
-def _name(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return repr(value)
-    if isinstance(value, Tensor):
-        return f"of shape {tuple(value.shape)}"
-    return type(value).__name__
+def _name(alignment: object) -> str:
+    return repr(alignment) if alignment is None else type(alignment).__name__

@@ -16,190 +16,18 @@ Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07
 
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safegrad_optim.blocks import Weighted, blocks, widened_dtype
-from safegrad_optim.distributed import (
-    copies,
-    is_distributed_tensor,
-    is_partial,
-    local,
-    placement,
-    sum_over_ranks,
-)
+from safegrad_optim.distributed import local
+from safegrad_optim.gradient_checks import Gradients
+from safegrad_optim.gradient_products import GradientProducts, inner_products, is_sharded
+from safegrad_optim.rounding import left_by_rounding
+from safegrad_optim.surgery_stats import SurgeryStats, surgery_stats
 
-__all__ = [
-    "GradientProducts",
-    "SurgeryStats",
-    "check_gradients",
-    "combine",
-    "combine_",
-    "inner_products",
-    "project_conflicting",
-]
-
-Gradients = Sequence[Tensor | None]
-
-# What two gradients of a parameter have in common.
-_TRAITS = ("shape", "dtype", "device", "placement")
-# Rounding is measured on about as many elements, in runs: the sample costs next to nothing beside long lists.
-_SAMPLE = 1 << 20
-_RUN = 1 << 9
-
-
-class GradientProducts(NamedTuple):
-    """The four sums that decide a step; each a 0-dim fp64 tensor (fp32 where fp64 is missing)."""
-
-    inner_product: Tensor
-    """<g_user, g_align> over all parameters that have both gradients."""
-    user_sq_norm: Tensor
-    """||g_user||^2."""
-    alignment_sq_norm: Tensor
-    """||g_align||^2 over all parameters."""
-    shared_alignment_sq_norm: Tensor
-    """||g_align||^2 over the parameters that also have a user gradient."""
-    eps: float
-    """Relative precision of the accumulation; an alignment gradient below it is noise."""
-
-
-class SurgeryStats(NamedTuple):
-    """What one step of surgery saw and did; each a 0-dim tensor on the gradients' device.
-
-    Reading a value (`float(stats.cosine)`, `stats.to_dict()`) is what waits for the device.
-    """
-
-    inner_product: Tensor
-    """<g_user, g_align> before surgery."""
-    cosine: Tensor
-    """Cosine of the two gradients before surgery; 0 where either is zero."""
-    user_norm: Tensor
-    """||g_user|| before surgery."""
-    alignment_norm: Tensor
-    """||g_align||."""
-    conflict: Tensor
-    """Whether <g_user, g_align> < 0 (Eq. 3) and so g_user was projected."""
-    negligible: Tensor
-    """Whether g_align was zero or below the rounding of g_user, so that the step was a plain one."""
-    residual_cosine: Tensor
-    """Cosine with g_align of the user part of the final gradient: of a conflict, what rounding left.
-
-    Rounding is measured for half-precision gradients: of long lists on a sample of about 2^20 elements,
-    to some 1e-5. NaN where those are sharded, where it would take a second all-reduce. In fp32 and wider the
-    rounding is below what the sums can tell.
-    """
-    final_norm: Tensor
-    """||g'_user + rho g_align||, before rounding and clipping."""
-
-    def to_dict(self) -> dict[str, float]:
-        """Read all values to the host at once, as floats by field name."""
-        values = torch.stack([value.double().cpu() for value in self])
-        return dict(zip(self._fields, values.tolist(), strict=True))
-
-
-def check_gradients(user_grads: Gradients, alignment_grads: Gradients) -> None:
-    """Check that two gradient lists can be combined entry by entry.
-
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss in the same order.
-
-    Raises:
-        ValueError: lengths, shapes, dtypes, devices or placements differ, or a dtype has no gradients.
-        NotImplementedError: an entry is a DTensor whose sum over ranks is pending (`Partial`).
-    """
-    if len(user_grads) != len(alignment_grads):
-        raise ValueError(
-            f"{len(user_grads)} user-task gradients != {len(alignment_grads)} alignment gradients. "
-            "Build both from the same optimizer.param_groups."
-        )
-    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
-        for gradient in (user, alignment):
-            if gradient is None:
-                continue
-            if is_partial(gradient):
-                raise NotImplementedError(
-                    f"Gradient {index} is placed as {placement(gradient)}: its sum over ranks is pending. "
-                    "Redistribute it to the placements of its parameter."
-                )
-            if not (gradient.is_floating_point() or gradient.is_complex()):
-                raise ValueError(
-                    f"Gradient {index} has dtype {gradient.dtype}, expected a floating-point one."
-                )
-        if user is None or alignment is None:
-            continue
-        traits = zip(_TRAITS, _traits(user), _traits(alignment), strict=True)
-        for what, found, other in traits:
-            if found != other:
-                raise ValueError(
-                    f"Gradient {index}: user-task {what} {found} != alignment {what} {other}. "
-                    "Build both from the same optimizer.param_groups."
-                )
-
-
-@torch.no_grad()
-def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> GradientProducts:
-    """Compute the inner product and squared norms of two gradients.
-
-    <u, a> = sum_i sum(u_i * a_i), likewise <u, u> and <a, a>, one sum over all tensors together.
-
-    With DTensors among them all ranks have to call this, and it takes one all-reduce.
-
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
-
-    Returns:
-        The sums as 0-dim tensors on the device of the first gradient.
-
-    Raises:
-        ValueError: the lists cannot be combined, see `check_gradients`.
-    """
-    check_gradients(user_grads, alignment_grads)
-    sharded = _is_sharded(user_grads, alignment_grads)
-    both: list[Weighted] = []
-    user_only: list[Weighted] = []
-    alignment_only: list[Weighted] = []
-    cross: list[Tensor] = []
-    user_sq: list[Tensor] = []
-    shared_sq: list[Tensor] = []
-    other_sq: list[Tensor] = []
-    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
-        # Each rank that holds the same elements adds them up as well.
-        share = 1 / _held(user, alignment) if sharded else 1.0
-        user, alignment = _local(user), _local(alignment)
-        if user is not None and alignment is not None:
-            if user.layout != alignment.layout:
-                raise ValueError(
-                    f"Gradient {index}: user-task layout {user.layout} != alignment layout "
-                    f"{alignment.layout}. Build both with the same model."
-                )
-            both.append((_dense(user, alignment), share))
-        elif user is not None:
-            user_only.append((_dense(user), share))
-        elif alignment is not None:
-            alignment_only.append((_dense(alignment), share))
-    for block in blocks(both):
-        u, a = block.values
-        cross.append(_dot(u, a, block.weight))
-        user_sq.append(_dot(u, u, block.weight))
-        shared_sq.append(_dot(a, a, block.weight))
-    for squares, one_sided in ((user_sq, user_only), (other_sq, alignment_only)):
-        for block in blocks(one_sided):
-            (value,) = block.values
-            squares.append(_dot(value, value, block.weight))
-    device = _device(user_grads, alignment_grads)
-    sums = torch.stack([_total(values, device) for values in (cross, user_sq, shared_sq, other_sq)])
-    inner, user_total, shared, other = (sum_over_ranks(sums) if sharded else sums).unbind()
-    return GradientProducts(
-        inner_product=inner,
-        user_sq_norm=user_total,
-        alignment_sq_norm=shared + other,
-        shared_alignment_sq_norm=shared,
-        eps=_eps(user_grads, alignment_grads),
-    )
+__all__ = ["combine", "combine_", "project_conflicting"]
 
 
 def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> list[Tensor | None]:
@@ -287,30 +115,13 @@ def combine_(
         if user is not None and alignment is not None
     ]
     narrow = [pair for pair in pairs if pair[0].dtype.to_real() != widened_dtype(pair[0].dtype)]
-    if narrow and _is_sharded(user_grads, alignment_grads):
+    if narrow and is_sharded(user_grads, alignment_grads):
         # What this rank can tell is its part, and the sum over ranks would be another all-reduce.
-        left_by_rounding = torch.full_like(coefficient, torch.nan)
+        rounding = torch.full_like(coefficient, torch.nan)
     else:
-        left_by_rounding = _left_by_rounding(narrow, coefficient)
+        rounding = left_by_rounding(narrow, coefficient)
     _add_(pairs, coefficient)
-
-    shared_sq = products.shared_alignment_sq_norm
-    user_norm, alignment_norm = products.user_sq_norm.sqrt(), products.alignment_sq_norm.sqrt()
-    removal = coefficient - rho
-    residual_norm = _norm_of_sum(products, removal)
-    residual_product = products.inner_product + removal * shared_sq + left_by_rounding
-    unshared_sq = products.alignment_sq_norm - shared_sq
-    stats = SurgeryStats(
-        inner_product=products.inner_product,
-        cosine=_cosine(products.inner_product, user_norm, alignment_norm),
-        user_norm=user_norm,
-        alignment_norm=alignment_norm,
-        conflict=conflict,
-        negligible=negligible,
-        residual_cosine=_cosine(residual_product, residual_norm, alignment_norm),
-        final_norm=(_norm_of_sum(products, coefficient) ** 2 + rho**2 * unshared_sq).sqrt(),
-    )
-    return final, stats
+    return final, surgery_stats(products, conflict, negligible, coefficient, rho, rounding)
 
 
 def _decide(products: GradientProducts, rho: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,96 +161,3 @@ def _add_(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tensor) -> None:
 
 def _is_on_cpu(gradients: Sequence[Weighted]) -> bool:
     return all(tensors[0].device.type == "cpu" for tensors, _ in gradients)
-
-
-def _left_by_rounding(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tensor) -> Tensor:
-    """<round(u + c a) - (u + c a), a> over pairs (u, a), before any of them is changed.
-
-    Of many elements it is estimated on a sample, to some 1e-5 of ||u + c a|| ||a||.
-    """
-    dense = [_dense(*pair) for pair in pairs]
-    # Odd, so that with rows of any power of two the runs are not of the same columns.
-    every = sum(user.numel() for user, _ in dense) // _SAMPLE | 1
-    scale = cache(coefficient.to)
-    products: list[Tensor] = []
-    for block in blocks([_sample(pair, every) for pair in dense]):
-        u, a = block.values
-        u.addcmul_(a, scale(u.device, u.dtype))
-        rounded = u.to(block.parts[0][0].dtype)
-        products.append(_dot(rounded.to(u.dtype).sub_(u), a, block.weight))
-    return _total(products, coefficient.device)
-
-
-def _sample(pair: tuple[Tensor, ...], every: int) -> Weighted:
-    """One of `every` runs of elements of each gradient, and how many times as many elements they have."""
-    elements = pair[0].numel()
-    run = min(_RUN, elements)
-    if every == 1 or run == 0 or not all(gradient.is_contiguous() for gradient in pair):
-        return pair, 1.0
-    stride = every * _RUN
-    count = 1 + (elements - run) // stride
-    runs = tuple(gradient.as_strided((count, run), (stride, 1)) for gradient in pair)
-    return runs, elements / (count * run)
-
-
-def _norm_of_sum(products: GradientProducts, coefficient: Tensor) -> Tensor:
-    """||g_user + c g_align|| over the parameters that have a user gradient."""
-    moved = 2 * products.inner_product + coefficient * products.shared_alignment_sq_norm
-    return (products.user_sq_norm + coefficient * moved).clamp(min=0).sqrt()
-
-
-def _traits(gradient: Tensor) -> tuple[object, ...]:
-    return tuple(gradient.shape), gradient.dtype, gradient.device, placement(gradient)
-
-
-def _is_sharded(*lists: Gradients) -> bool:
-    return any(g is not None and is_distributed_tensor(g) for gradients in lists for g in gradients)
-
-
-def _held(user: Tensor | None, alignment: Tensor | None) -> int:
-    """How many ranks hold the elements of an entry that this one holds, and so add them up as well."""
-    gradient = alignment if user is None else user
-    return 1 if gradient is None else copies(gradient)
-
-
-def _local(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else local(gradient)
-
-
-def _dense(*gradients: Tensor) -> tuple[Tensor, ...]:
-    """Sparse COO gradients as their values on the union of their indices, zeros where one has none."""
-    if not gradients[0].is_sparse:
-        return gradients
-    union = sum((gradient.detach() * 0 for gradient in gradients[1:]), gradients[0].detach() * 0)
-    return tuple((gradient + union).coalesce().values() for gradient in gradients)
-
-
-def _dot(left: Tensor, right: Tensor, weight: float = 1.0) -> Tensor:
-    product = torch.dot(left, right)
-    return product if weight == 1.0 else product.double() * weight
-
-
-def _total(sums: list[Tensor], device: torch.device) -> Tensor:
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    if not sums:
-        return torch.zeros((), dtype=wide, device=device)
-    return torch.stack([value.to(device) for value in sums]).to(wide).sum()
-
-
-def _cosine(inner_product: Tensor, norm: Tensor, other_norm: Tensor) -> Tensor:
-    product = norm * other_norm
-    zero = product == 0
-    return torch.where(zero, torch.zeros_like(product), inner_product / (product + zero)).clamp(-1, 1)
-
-
-def _device(*lists: Gradients) -> torch.device:
-    for gradients in lists:
-        for gradient in gradients:
-            if gradient is not None:
-                return gradient.device
-    return torch.device("cpu")
-
-
-def _eps(*lists: Gradients) -> float:
-    present = [g.dtype for gradients in lists for g in gradients if g is not None]
-    return max((torch.finfo(widened_dtype(dtype)).eps for dtype in present), default=0.0)

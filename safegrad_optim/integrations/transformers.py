@@ -19,7 +19,8 @@ from transformers.training_args import OptimizerNames
 
 from safegrad_optim.alignment import Alignment, SafetyBatches
 from safegrad_optim.kl_alignment import KLAlignment
-from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
+from safegrad_optim.optimizer import SafeGradOptimizer
+from safegrad_optim.optimizer_checks import UnprotectedStepError
 
 __all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
 
