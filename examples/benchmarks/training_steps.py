@@ -24,6 +24,23 @@ BATCH_SIZE = 8
 SAFETY_BATCHES = 4
 
 
+class Schedule(NamedTuple):
+    """What SafeGrad computes when."""
+
+    refresh_every: int
+    rows: int = BATCH_SIZE
+    """Safety rows to an alignment gradient."""
+
+
+SCHEDULES = {
+    "k = 1": Schedule(1),
+    "k = 4": Schedule(4),
+    "k = 10": Schedule(10),
+    "k = 1, 2 rows": Schedule(1, rows=2),
+    "k = 2, 2 rows": Schedule(2, rows=2),
+}
+
+
 class Work(NamedTuple):
     """What all arms train on."""
 
@@ -66,7 +83,7 @@ def with_adapters(model: PreTrainedModel) -> PeftModel:
 
 def arms(peer: bool) -> list[str]:
     """Names of the arms; the public port is one of them if its package can be imported."""
-    return ["plain", "k = 1", "k = 4", "k = 10", *([PEER] if peer else [])]
+    return ["plain", *SCHEDULES, *([PEER] if peer else [])]
 
 
 def peer_is_installed() -> bool:
@@ -84,9 +101,10 @@ def build(arm: str, work: Work, output_dir: Path) -> Step:
     if arm == PEER:
         return _peer_step(model, base_optimizer, work, output_dir)
     optimizer: torch.optim.Optimizer = base_optimizer
-    if arm.startswith("k = "):
-        alignment = KLAlignment(model, work.safety)
-        optimizer = SafeGradOptimizer(base_optimizer, alignment, refresh_every=int(arm[4:]))
+    if arm in SCHEDULES:
+        every, rows = SCHEDULES[arm]
+        alignment = KLAlignment(model, _of_rows(work.safety, rows))
+        optimizer = SafeGradOptimizer(base_optimizer, alignment, refresh_every=every)
 
     def step(batch: Batch) -> None:
         model(**batch).loss.backward()
@@ -117,6 +135,15 @@ def _peer_step(
         optimizer.zero_grad()
 
     return step
+
+
+def _of_rows(batches: list[Batch], rows: int) -> list[Batch]:
+    """The same rows in smaller batches."""
+    return [
+        {name: value[start:][:rows] for name, value in batch.items()}
+        for batch in batches
+        for start in range(0, len(batch["labels"]), rows)
+    ]
 
 
 def _mean_tokens(batches: list[Batch]) -> float:
