@@ -95,6 +95,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=not_negative, default=3e-4)
     parser.add_argument("--rho", type=not_negative, default=5.0, help="the paper's is 1")
     parser.add_argument("--refresh-every", type=positive, default=1, help="steps per alignment gradient")
+    parser.add_argument("--safety-batch-size", type=even, default=8, help="rows per alignment gradient")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -107,6 +108,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
+    return value
+
+
+def even(text: str) -> int:
+    value = positive(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"{text} is not even: half of a safety batch is look-alikes")
     return value
 
 
@@ -252,14 +260,13 @@ def safety_batches(
     """
     shuffle = random.Random(args.seed)
     refusals = shuffle.sample(data.safety, len(data.safety))
-    count = args.batch_size // 2
-    starts = range(0, len(refusals), args.batch_size - count)
-    prompts = drawn(data.harmless, len(starts) * count, shuffle)
-    answers = generate(model, tokenizer, prompts, ANSWER_TOKENS) if prompts else []
+    half = args.safety_batch_size // 2
+    starts = range(0, len(refusals), half)
+    prompts = drawn(data.harmless, len(starts) * half, shuffle)
+    answers = generate(model, tokenizer, prompts, ANSWER_TOKENS)
     harmless = (Turn(*pair, complete=False) for pair in zip(prompts, answers, strict=True))
     return [
-        collate(tokenizer, [*refusals[start : start + starts.step], *islice(harmless, count)])
-        for start in starts
+        collate(tokenizer, [*refusals[start : start + half], *islice(harmless, half)]) for start in starts
     ]
 
 

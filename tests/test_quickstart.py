@@ -53,6 +53,7 @@ def test_a_bad_file_is_one_line_and_exit_code_2(run, tmp_path, flag, content, me
         (("--harmful-ratio", 1.5), "1.5 is not between 0 and 1"),
         (("--steps", 0), "0 is not a whole number >= 1"),
         (("--rho", -1), "-1 is not a finite number >= 0"),
+        (("--safety-batch-size", 3), "3 is not even"),
         (("--lr", "nan"), "nan is not a finite number >= 0"),
         (("--device", "abacus"), "abacus is not a device here"),
     ],
@@ -80,8 +81,8 @@ def test_runs_on_the_real_model(run, tmp_path):
     safety.write_text(
         "".join(json.dumps({"prompt": r["prompt"], "response": r["refusal"]}) + "\n" for r in rows)
     )
-    few = ("--steps", 3, "--limit", 4, "--batch-size", 2, "--safety-data", safety)
-    code, output = run(*few, "--output-dir", tmp_path)
+    few = ("--steps", 3, "--limit", 4, "--batch-size", 2, "--safety-batch-size", 2)
+    code, output = run(*few, "--safety-data", safety, "--output-dir", tmp_path)
     assert code == 0, output.err
     for row in ("harmful score", "task accuracy", "over-refusal", "KL to the reference", "conflict rate"):
         assert sum(line.startswith(f"| {row}") for line in output.out.splitlines()) == 1

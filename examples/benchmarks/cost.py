@@ -264,9 +264,8 @@ def save_scaling(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def save_bars(results: dict[str, Any], path: Path) -> None:
     """Bars of time, memory and GB h over plain fine-tuning."""
     modes = [mode for mode in ("lora", "full") if mode in results]
-    figure, axes = plt.subplots(
-        1, max(1, len(modes)), figsize=(5 * max(1, len(modes)), 4), squeeze=False, layout="constrained"
-    )
+    count = max(1, len(modes))
+    figure, axes = plt.subplots(1, count, figsize=(6 * count, 4), squeeze=False, layout="constrained")
     for axis, mode in zip(axes[0], modes, strict=False):
         found = ratios(results[mode])
         for offset, quantity in enumerate(("time", "memory", "gb_hours")):
@@ -274,7 +273,7 @@ def save_bars(results: dict[str, Any], path: Path) -> None:
             label = quantity.replace("gb_hours", "GB h")
             axis.bar(places, [row[quantity] for row in found.values()], width=0.25, label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set_xticks(range(len(found)), list(found))
+        axis.set_xticks(range(len(found)), [arm.replace(", ", "\n") for arm in found])
         axis.set_title(f"{mode}: over plain fine-tuning")
         axis.legend()
     figure.savefig(path, dpi=150)
