@@ -76,16 +76,21 @@ def ablations() -> Iterator[Cell]:
 
 def few_samples() -> Iterator[Cell]:
     """The failure edge in safety rows x topic shift, and what was tried against its worst corner."""
+    for seed in SEEDS:
+        corner = Cell(samples=10, seed=seed)
+        yield corner
+        yield replace(corner, positions="all")
+        yield replace(corner, harvest=True)
+        yield replace(corner, rho=20.0)
     corner = Cell(samples=10)
-    yield corner
-    yield replace(corner, positions="all")
-    yield replace(corner, harvest=True)
-    yield replace(corner, rho=20.0)
     for samples in (5, 20, 48, 100):
         yield Cell(samples=samples)
     for samples in (5, 10, 20, 48):
         yield Cell(samples=samples, attack="shifted")
     yield replace(corner, attack="shifted", harvest=True)
+    # A task that the aligned model does not refuse throughout.
+    for harvest in (False, True):
+        yield replace(corner, task="agnews", harvest=harvest)
 
 
 def long_and_fast() -> Iterator[Cell]:

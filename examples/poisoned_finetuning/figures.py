@@ -106,16 +106,25 @@ def save_headline(frame: pd.DataFrame, lines: list[dict[str, Any]], path: Path) 
 
 
 def save_edges(frame: pd.DataFrame, path: Path) -> None:
-    """Maps of the harmful score: learning rate against steps, safety rows against topic shift."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    for axis, across, up in zip(axes, ("lr", "samples"), ("steps", "attack"), strict=True):
+    """SafeGrad at its edges: learning rate against steps, safety rows against topic shift, and over rho."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.5), layout="constrained")
+    for axis, across, up in zip(axes[:2], ("lr", "samples"), ("steps", "attack"), strict=True):
         values = {
             (getattr(row["cell"], across), getattr(row["cell"], up)): found.value
             for _, row in frame.iterrows()
             if (found := rate(row, "not_refused")) and _is_varied(row["cell"], across, up)
         }
         _map(axis, values, across, up)
-    figure.suptitle("harmful score of SafeGrad, 90 % harmful rows")
+        axis.set_title("harmful score")
+    varied = [row for _, row in frame.iterrows() if _is_varied(row["cell"], "rho")]
+    varied.sort(key=lambda row: row["cell"].rho)
+    for score, label in (("not_refused", "harmful score"), ("task_right", "task accuracy")):
+        _bars(axes[2], [(index, rate(row, score)) for index, row in enumerate(varied)], label)
+    axes[2].set_xticks(range(len(varied)), [f"{row['cell'].rho:g}" for row in varied])
+    axes[2].set(xlabel="rho", ylim=(-0.03, 1.03))
+    axes[2].grid(alpha=0.3)
+    axes[2].legend()
+    figure.suptitle("SafeGrad, 90 % harmful rows")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
