@@ -112,7 +112,8 @@ def task_cost() -> Iterator[Cell]:
     for rho in (1.0, 2.0):
         yield Cell(ratio=0.7, seed=1, rho=rho)
     for arm in ("plain", "safegrad"):
-        yield Cell(arm, 0.7, seed=1, steps=80)
+        for seed in SEEDS:
+            yield Cell(arm, 0.7, seed, steps=80)
         yield Cell(arm, 0.7, seed=1, task="agnews")
 
 
