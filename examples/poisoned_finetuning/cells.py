@@ -95,7 +95,7 @@ def few_samples() -> Iterator[Cell]:
 
 def long_and_fast() -> Iterator[Cell]:
     """The failure edge in learning rate x steps."""
-    for lr in (1e-3, 3e-3):
+    for lr in (1e-3, 3e-3, 1e-2, 3e-2):
         for steps in (40, 120):
             yield Cell(lr=lr, steps=steps)
     yield Cell(steps=120)
