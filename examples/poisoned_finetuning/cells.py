@@ -94,11 +94,13 @@ def few_samples() -> Iterator[Cell]:
 
 
 def long_and_fast() -> Iterator[Cell]:
-    """The failure edge in learning rate x steps."""
+    """The failure edge in learning rate x steps, and what was tried against it."""
     for lr in (1e-3, 3e-3, 1e-2, 3e-2):
         for steps in (40, 120):
             yield Cell(lr=lr, steps=steps)
     yield Cell(steps=120)
+    yield Cell(steps=120, samples=100)
+    yield Cell(steps=120, rho=20.0)
 
 
 def cheaper() -> Iterator[Cell]:
