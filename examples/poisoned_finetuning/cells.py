@@ -127,8 +127,10 @@ def axes() -> Iterator[Cell]:
         yield Cell(arm, 0.3, task="agnews")
         yield Cell(arm, 0.3, task="gsm8k")
         yield Cell(arm, attack="identity")
-        yield Cell(arm, lr=3e-5, mode="full")
-        yield Cell(arm, lr=0.3, optimizer="sgd")
+        for lr in (3e-5, 1e-4):
+            yield Cell(arm, lr=lr, mode="full")
+        for lr in (0.03, 0.3):
+            yield Cell(arm, lr=lr, optimizer="sgd")
         yield Cell(arm, lr=3e-3, optimizer="muon")
         yield Cell(arm, lr=1e-3, optimizer="schedulefree")
 
