@@ -37,6 +37,8 @@ class Cell:
     """Unsafe requests to keep refusing; as many harmless look-alikes are kept with them."""
     harvest: bool = False
     """Whether training prompts that the aligned model refuses become safety rows too."""
+    contexts: bool = False
+    """Whether the unsafe requests to keep refusing are there once more, each behind a training prompt."""
     positions: str = "response"
     rho: float = 5.0
     refresh_every: int = 1
@@ -80,6 +82,7 @@ def few_samples() -> Iterator[Cell]:
         corner = Cell(samples=10, seed=seed)
         yield corner
         yield replace(corner, positions="all")
+        yield replace(corner, contexts=True)
         yield replace(corner, harvest=True)
         yield replace(corner, rho=20.0)
     corner = Cell(samples=10)
@@ -119,14 +122,21 @@ def task_cost() -> Iterator[Cell]:
         yield Cell(arm, 0.7, seed=1, task="agnews")
 
 
+def identity() -> Iterator[Cell]:
+    """The attack that no safety row looks like, and what was tried against it."""
+    for arm in ("aligned", "plain", "mixed", "safegrad"):
+        yield Cell(arm, attack="identity")
+    yield Cell(attack="identity", contexts=True)
+    yield Cell(attack="identity", rho=20.0)
+
+
 def axes() -> Iterator[Cell]:
-    """rho, other tasks, attacks, optimizers, and full fine-tuning."""
+    """rho, other tasks, optimizers, and full fine-tuning."""
     for rho in (0.1, 0.5, 1.0, 2.0):
         yield Cell(rho=rho)
     for arm in ("plain", "safegrad"):
         yield Cell(arm, 0.3, task="agnews")
         yield Cell(arm, 0.3, task="gsm8k")
-        yield Cell(arm, attack="identity")
         for lr in (3e-5, 1e-4):
             yield Cell(arm, lr=lr, mode="full")
         for lr in (0.03, 0.3):
@@ -150,6 +160,7 @@ def everything() -> Iterator[Cell]:
     yield from long_and_fast()
     yield from cheaper()
     yield from task_cost()
+    yield from identity()
     yield from axes()
 
 
@@ -161,6 +172,7 @@ PLANS = {
     "long-and-fast": long_and_fast,
     "cheaper": cheaper,
     "task-cost": task_cost,
+    "identity": identity,
     "axes": axes,
     "all": everything,
 }

@@ -30,6 +30,7 @@ SHOWN = {
     "long-and-fast": ("lr", "steps"),
     "cheaper": ("refresh_every", "safety_batch_size"),
     "task-cost": ("task", "steps", "arm"),
+    "identity": ("arm",),
     "axes": ("arm",),
     "smoke": ("arm",),
 }

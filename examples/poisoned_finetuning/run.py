@@ -180,6 +180,12 @@ class Bench:
             own = self.answered(dict.fromkeys(row.prompt for row in rows), REPLY_TOKENS)
             turns += [turn for turn in own if is_refusal(turn.response)]
             shuffle.shuffle(turns)
+        if cell.contexts:
+            before = drawn([row.prompt for row in rows], len(unsafe), shuffle)
+            pairs = zip(before, unsafe, strict=True)
+            own = self.answered((f"{prompt}\n{request}" for prompt, request in pairs), REPLY_TOKENS)
+            turns += [turn for turn in own if is_refusal(turn.response)]
+            shuffle.shuffle(turns)
         lookalikes = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
         harmless = iter(self.answered(drawn(lookalikes, len(turns), shuffle), ANSWER_TOKENS))
         half = cell.safety_batch_size // 2
