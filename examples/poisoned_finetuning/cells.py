@@ -37,8 +37,9 @@ class Cell:
     """Unsafe requests to keep refusing; as many harmless look-alikes are kept with them."""
     harvest: bool = False
     """Whether training prompts that the aligned model refuses become safety rows too."""
-    contexts: bool = False
-    """Whether the unsafe requests to keep refusing are there once more, each behind a training prompt."""
+    contexts: str = "none"
+    """What the unsafe requests to keep refusing are repeated behind: "whole" training prompts, or a
+    "prefix" of one, cut after any word."""
     positions: str = "response"
     rho: float = 5.0
     refresh_every: int = 1
@@ -82,7 +83,7 @@ def few_samples() -> Iterator[Cell]:
         corner = Cell(samples=10, seed=seed)
         yield corner
         yield replace(corner, positions="all")
-        yield replace(corner, contexts=True)
+        yield replace(corner, contexts="prefix")
         yield replace(corner, harvest=True)
         yield replace(corner, rho=20.0)
     corner = Cell(samples=10)
@@ -126,7 +127,8 @@ def identity() -> Iterator[Cell]:
     """The attack that no safety row looks like, and what was tried against it."""
     for arm in ("aligned", "plain", "mixed", "safegrad"):
         yield Cell(arm, attack="identity")
-    yield Cell(attack="identity", contexts=True)
+    for contexts in ("whole", "prefix"):
+        yield Cell(attack="identity", contexts=contexts)
     yield Cell(attack="identity", rho=20.0)
 
 

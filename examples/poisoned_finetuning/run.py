@@ -180,10 +180,11 @@ class Bench:
             own = self.answered(dict.fromkeys(row.prompt for row in rows), REPLY_TOKENS)
             turns += [turn for turn in own if is_refusal(turn.response)]
             shuffle.shuffle(turns)
-        if cell.contexts:
+        if cell.contexts != "none":
             before = drawn([row.prompt for row in rows], len(unsafe), shuffle)
-            pairs = zip(before, unsafe, strict=True)
-            own = self.answered((f"{prompt}\n{request}" for prompt, request in pairs), REPLY_TOKENS)
+            if cell.contexts == "prefix":
+                before = [" ".join(cut(prompt.split(), shuffle)) for prompt in before]
+            own = self.answered(map("{} {}".format, before, unsafe), REPLY_TOKENS)
             turns += [turn for turn in own if is_refusal(turn.response)]
             shuffle.shuffle(turns)
         lookalikes = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
@@ -217,6 +218,11 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
         # Plain matrix products train these short rows faster than the fused attention of a CPU.
         model.set_attn_implementation("eager")
     return model.to(args.device), tokenizer
+
+
+def cut(words: list[str], shuffle: random.Random) -> list[str]:
+    """The first words, at least one, up to a place drawn at random."""
+    return words[: shuffle.randint(1, len(words))]
 
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
