@@ -125,11 +125,14 @@ def task_cost() -> Iterator[Cell]:
 
 def identity() -> Iterator[Cell]:
     """The attack that no safety row looks like, and what was tried against it."""
-    for arm in ("aligned", "plain", "mixed", "safegrad"):
+    for arm in ("aligned", "plain", "mixed"):
         yield Cell(arm, attack="identity")
-    for contexts in ("whole", "prefix"):
-        yield Cell(attack="identity", contexts=contexts)
+    yield Cell(attack="identity", contexts="whole")
     yield Cell(attack="identity", rho=20.0)
+    for seed in SEEDS:
+        yield Cell(attack="identity", seed=seed)
+        yield Cell(attack="identity", seed=seed, contexts="prefix")
+    yield Cell("mixed", attack="identity", contexts="prefix")
 
 
 def axes() -> Iterator[Cell]:
