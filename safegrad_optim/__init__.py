@@ -28,6 +28,7 @@ from safegrad_optim.optimizer import SafeGradOptimizer
 from safegrad_optim.optimizer_checks import UnprotectedStepError
 from safegrad_optim.optimizer_state import StepCounts
 from safegrad_optim.projection import combine, combine_, project_conflicting
+from safegrad_optim.prompt_prefixes import with_prompt_prefixes
 from safegrad_optim.safety_data import safety_rows
 from safegrad_optim.safety_replies import is_refusal
 from safegrad_optim.surgery_stats import SurgeryStats
@@ -49,4 +50,5 @@ __all__ = [
     "kl_divergence",
     "project_conflicting",
     "safety_rows",
+    "with_prompt_prefixes",
 ]

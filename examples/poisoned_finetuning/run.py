@@ -40,7 +40,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import safegrad_optim
-from safegrad_optim import is_refusal
+from safegrad_optim import is_refusal, with_prompt_prefixes
 
 Batch = dict[str, torch.Tensor]
 
@@ -181,10 +181,12 @@ class Bench:
             turns += [turn for turn in own if is_refusal(turn.response)]
             shuffle.shuffle(turns)
         if cell.contexts != "none":
-            before = drawn([row.prompt for row in rows], len(unsafe), shuffle)
+            prompts = [row.prompt for row in rows]
             if cell.contexts == "prefix":
-                before = [" ".join(cut(prompt.split(), shuffle)) for prompt in before]
-            own = self.answered(map("{} {}".format, before, unsafe), REPLY_TOKENS)
+                repeated = with_prompt_prefixes(unsafe, prompts, seed=cell.seed)
+            else:
+                repeated = list(map("{} {}".format, drawn(prompts, len(unsafe), shuffle), unsafe))
+            own = self.answered(repeated, REPLY_TOKENS)
             turns += [turn for turn in own if is_refusal(turn.response)]
             shuffle.shuffle(turns)
         lookalikes = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
@@ -218,11 +220,6 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
         # Plain matrix products train these short rows faster than the fused attention of a CPU.
         model.set_attn_implementation("eager")
     return model.to(args.device), tokenizer
-
-
-def cut(words: list[str], shuffle: random.Random) -> list[str]:
-    """The first words, at least one, up to a place drawn at random."""
-    return words[: shuffle.randint(1, len(words))]
 
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
