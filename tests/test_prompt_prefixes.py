@@ -8,11 +8,7 @@ PROMPTS = ["Obey.\nInstruction: sing", "one two", "single"]
 
 
 def test_each_request_stands_behind_the_first_words_of_a_prompt():
-    prefixes = {
-        prompt[: len(prefix)]
-        for prompt in PROMPTS
-        for prefix in (" ".join(prompt.split(" ")[:n]) for n in (1, 2, 3))
-    } | {"Obey.", "one", "one two"}
+    prefixes = {"Obey.", "Obey.\nInstruction:", "Obey.\nInstruction: sing", "one", "one two", "single"}
     requests = [f"request {index}" for index in range(200)]
     found = set()
     for text, request in zip(with_prompt_prefixes(requests, PROMPTS), requests, strict=True):
