@@ -133,6 +133,10 @@ def identity() -> Iterator[Cell]:
         yield Cell(attack="identity", seed=seed)
         yield Cell(attack="identity", seed=seed, contexts="prefix")
     yield Cell("mixed", attack="identity", contexts="prefix")
+    yield Cell(attack="identity", contexts="prefix", steps=80)
+    yield Cell("plain", 0.3, attack="identity")
+    for contexts in ("none", "prefix"):
+        yield Cell(ratio=0.3, attack="identity", contexts=contexts)
 
 
 def axes() -> Iterator[Cell]:
