@@ -137,6 +137,7 @@ def identity() -> Iterator[Cell]:
     yield Cell("plain", 0.3, attack="identity")
     for contexts in ("none", "prefix"):
         yield Cell(ratio=0.3, attack="identity", contexts=contexts)
+    yield Cell(ratio=0.3, attack="identity", contexts="prefix", samples=100)
 
 
 def axes() -> Iterator[Cell]:
