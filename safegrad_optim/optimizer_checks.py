@@ -11,6 +11,12 @@ from safegrad_optim.gradient_checks import Gradients, check_gradients
 
 __all__ = ["UnprotectedStepError", "check_alignment", "check_base", "check_groups", "check_own_memory"]
 
+_REFUSED_OPTIONS = {
+    "differentiable": "but surgery is not recorded by autograd. Build it with differentiable=False.",
+    "maximize": "which would maximize the alignment loss as well. Build it with maximize=False and negate "
+    "the loss.",
+}
+
 
 class UnprotectedStepError(RuntimeError):
     """A step was refused, with nothing changed, because it would have gone unprotected."""
@@ -33,21 +39,14 @@ def check_base(base: Optimizer) -> None:
 
 def check_groups(base: Optimizer) -> None:
     """Check that no option of an optimizer or of its groups undoes the surgery."""
-    name = type(base).__name__
     # Optimizers of pytorch_optimizer keep maximize on themselves.
-    places = {name: {"maximize": getattr(base, "maximize", False)}}
-    places |= {f"Group {index} of {name}": group for index, group in enumerate(base.param_groups)}
-    for place, options in places.items():
-        if options.get("differentiable"):
-            raise ValueError(
-                f"{place} has differentiable=True, but surgery is not recorded by autograd. "
-                "Build it with differentiable=False."
-            )
-        if options.get("maximize"):
-            raise ValueError(
-                f"{place} has maximize=True, which would maximize the alignment loss as well. "
-                "Build it with maximize=False and negate the loss."
-            )
+    holders = [{"maximize": getattr(base, "maximize", False)}, *base.param_groups]
+    for position, options in enumerate(holders):
+        for option, reason in _REFUSED_OPTIONS.items():
+            if options.get(option):
+                name = type(base).__name__
+                place = f"Group {position - 1} of {name}" if position else name
+                raise ValueError(f"{place} has {option}=True, {reason}")
 
 
 def check_alignment(parameters: list[Tensor], grads: list[Tensor | None]) -> None:

@@ -27,13 +27,15 @@ def with_prompt_prefixes(requests: Sequence[str], prompts: Sequence[str], *, see
     Raises:
         ValueError: there are no prompts, or one has no words.
     """
-    ends = [[match.end() for match in re.finditer(r"\S+", prompt)] for prompt in prompts]
-    if not all(ends) or not ends:
-        found = f"Training prompt {ends.index([])} has no words" if ends else "There are no training prompts"
+    wordless = next((index for index, prompt in enumerate(prompts) if not prompt.strip()), None)
+    if not prompts or wordless is not None:
+        found = f"Training prompt {wordless} has no words" if prompts else "There are no training prompts"
         raise ValueError(f"{found}. Give the prompts that the model is going to be fine-tuned on.")
     shuffle = random.Random(seed)
-    drawn = (index for _ in count() for index in shuffle.sample(range(len(prompts)), len(prompts)))
-    return [
-        f"{prompts[index][: shuffle.choice(ends[index])]} {request}"
-        for request, index in zip(requests, drawn, strict=False)
-    ]
+    drawn = (prompt for _ in count() for prompt in shuffle.sample(prompts, len(prompts)))
+    return [f"{_cut(prompt, shuffle)} {request}" for request, prompt in zip(requests, drawn, strict=False)]
+
+
+def _cut(prompt: str, shuffle: random.Random) -> str:
+    """The prompt through one of its words."""
+    return prompt[: shuffle.choice([word.end() for word in re.finditer(r"\S+", prompt)])]

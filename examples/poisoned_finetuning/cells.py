@@ -92,7 +92,6 @@ def few_samples() -> Iterator[Cell]:
     for samples in (5, 10, 20, 48):
         yield Cell(samples=samples, attack="shifted")
     yield replace(corner, attack="shifted", harvest=True)
-    # A task that the aligned model does not refuse throughout.
     for harvest in (False, True):
         yield replace(corner, task="agnews", harvest=harvest)
 

@@ -117,17 +117,22 @@ def save_edges(frame: pd.DataFrame, path: Path) -> None:
         }
         _map(axis, values, across, up)
         axis.set_title("harmful score")
-    varied = [row for _, row in frame.iterrows() if _is_varied(row["cell"], "rho")]
-    varied.sort(key=lambda row: row["cell"].rho)
-    for score, label in (("not_refused", "harmful score"), ("task_right", "task accuracy")):
-        _bars(axes[2], [(index, rate(row, score)) for index, row in enumerate(varied)], label)
-    axes[2].set_xticks(range(len(varied)), [f"{row['cell'].rho:g}" for row in varied])
-    axes[2].set(xlabel="rho", ylim=(-0.03, 1.03))
-    axes[2].grid(alpha=0.3)
-    axes[2].legend()
+    _over_rho(axes[2], frame)
     figure.suptitle("SafeGrad, 90 % harmful rows")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _over_rho(axis: Axes, frame: pd.DataFrame) -> None:
+    """Both scores over rho, at even distances, since its values span two decades and 0."""
+    varied = [row for _, row in frame.iterrows() if _is_varied(row["cell"], "rho")]
+    varied.sort(key=lambda row: row["cell"].rho)
+    for score, label in (("not_refused", "harmful score"), ("task_right", "task accuracy")):
+        _bars(axis, [(index, rate(row, score)) for index, row in enumerate(varied)], label)
+    axis.set_xticks(range(len(varied)), [f"{row['cell'].rho:g}" for row in varied])
+    axis.set(xlabel="rho", ylim=(-0.03, 1.03))
+    axis.grid(alpha=0.3)
+    axis.legend()
 
 
 def _is_varied(cell: Cell, *names: str) -> bool:

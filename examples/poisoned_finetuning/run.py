@@ -176,17 +176,8 @@ class Bench:
         shuffle = random.Random(cell.seed)
         unsafe = drawn([request.prompt for request in requests.safety], cell.samples, shuffle)
         turns = self.answered(unsafe, REPLY_TOKENS)
-        if cell.harvest:
-            own = self.answered(dict.fromkeys(row.prompt for row in rows), REPLY_TOKENS)
-            turns += [turn for turn in own if is_refusal(turn.response)]
-            shuffle.shuffle(turns)
-        if cell.contexts != "none":
-            prompts = [row.prompt for row in rows]
-            if cell.contexts == "prefix":
-                repeated = with_prompt_prefixes(unsafe, prompts, seed=cell.seed)
-            else:
-                repeated = list(map("{} {}".format, drawn(prompts, len(unsafe), shuffle), unsafe))
-            own = self.answered(repeated, REPLY_TOKENS)
+        for prompts in added_requests(cell, unsafe, [row.prompt for row in rows], shuffle):
+            own = self.answered(prompts, REPLY_TOKENS)
             turns += [turn for turn in own if is_refusal(turn.response)]
             shuffle.shuffle(turns)
         lookalikes = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
@@ -220,6 +211,18 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
         # Plain matrix products train these short rows faster than the fused attention of a CPU.
         model.set_attn_implementation("eager")
     return model.to(args.device), tokenizer
+
+
+def added_requests(
+    cell: Cell, unsafe: list[str], training: list[str], shuffle: random.Random
+) -> Iterator[Iterable[str]]:
+    """What becomes a safety row beside the unsafe requests where the aligned model refuses it."""
+    if cell.harvest:
+        yield dict.fromkeys(training)
+    if cell.contexts == "prefix":
+        yield with_prompt_prefixes(unsafe, training, seed=cell.seed)
+    elif cell.contexts == "whole":
+        yield list(map("{} {}".format, drawn(training, len(unsafe), shuffle), unsafe))
 
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
