@@ -4,6 +4,7 @@ Large tensors are cut, so that a half-precision gradient is never there in fp32 
 are put together, so that hundreds of adapters cost a few kernels and not thousands.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-__all__ = ["Block", "Weighted", "blocks", "widened_dtype"]
+__all__ = ["Block", "Weighted", "blocks", "in_cache", "parts", "widened_dtype"]
 
 # Gradients of one parameter, and the weight of their products.
 Weighted = tuple[tuple[Tensor, ...], float]
@@ -26,8 +27,10 @@ class _Sizes(NamedTuple):
     """Elements from which on a tensor is not put together with others, for which it would be copied."""
 
 
-_CPU = _Sizes(block=1 << 19, alone=1 << 13)
+_CPU = _Sizes(block=1 << 18, alone=1 << 13)
 _DEVICE = _Sizes(block=1 << 24, alone=1 << 21)
+# Elements below which copying costs more than it saves.
+_WORTH_COPYING = 1 << 16
 
 
 class Block(NamedTuple):
@@ -57,13 +60,13 @@ def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
     scratch = _Scratch(sum(tensors[0].numel() * (1 + tensors[0].is_complex()) for tensors, _ in gradients))
     waiting: dict[tuple[torch.device, torch.dtype, float], list[tuple[Tensor, ...]]] = defaultdict(list)
     filled: Counter[tuple[torch.device, torch.dtype, float]] = Counter()
-    for part, weight in ((part, weight) for tensors, weight in gradients for part in _parts(tensors)):
+    for part, weight in ((part, weight) for tensors, weight in gradients for part in parts(tensors)):
         first = part[0]
         sizes = _sizes(first.device)
         is_wide = first.dtype == widened_dtype(first.dtype)
         if is_wide and first.numel() >= sizes.alone and all(tensor.is_contiguous() for tensor in part):
             yield Block(tuple(tensor.view(-1) for tensor in part), weight, ())
-        elif 8 * first.numel() >= sizes.block:
+        elif 2 * first.numel() > sizes.block:
             yield scratch.gather([part], weight)
         else:
             key = first.device, first.dtype, weight
@@ -76,6 +79,25 @@ def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
         yield scratch.gather(together, weight)
 
 
+def in_cache(gradients: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield gradients on a CPU, long ones of bf16 in parts that are in its cache.
+
+    Rounding to bf16 is so many instructions that few reads are under way beside them, and a kernel waits for
+    memory. A copy does not, so that copying first, and operating on what is then in the cache, takes less.
+    """
+    memory = torch.empty(0)
+    for tensors in gradients:
+        if tensors[0].dtype != torch.bfloat16 or tensors[0].numel() < _WORTH_COPYING:
+            yield tensors
+            continue
+        for part in parts(tensors):
+            if memory.numel() == 0:
+                memory = torch.empty(_CPU.block, dtype=torch.bfloat16)
+            for tensor in part:
+                memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+            yield part
+
+
 @cache
 def widened_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the real dtype that sums over gradients of this dtype are accumulated in."""
@@ -86,7 +108,7 @@ def _sizes(device: torch.device) -> _Sizes:
     return _CPU if device.type == "cpu" else _DEVICE
 
 
-def _parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+def parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """Views of the same elements of each tensor, no larger than a block; small tensors as they are."""
     if tensors[0].is_complex():
         tensors = tuple(torch.view_as_real(tensor.resolve_conj()) for tensor in tensors)
@@ -95,11 +117,13 @@ def _parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     if first.numel() <= limit:
         yield tensors
     elif all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(tensor.view(-1).split(limit) for tensor in tensors), strict=True)
+        # Equal parts: a small rest would cost a kernel as much as a block does.
+        count = math.ceil(first.numel() / limit)
+        yield from zip(*(tensor.view(-1).chunk(count) for tensor in tensors), strict=True)
     else:
         longest = max(range(first.dim()), key=lambda dim: first.shape[dim])
         for half in zip(*(tensor.chunk(2, longest) for tensor in tensors), strict=True):
-            yield from _parts(half)
+            yield from parts(half)
 
 
 class _Scratch:
@@ -112,19 +136,28 @@ class _Scratch:
     def __init__(self, elements: int) -> None:
         self.elements = elements
         self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._rows: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def gather(self, parts: Sequence[tuple[Tensor, ...]], weight: float) -> Block:
         """Copy parts one after the other, each of the gradients apart."""
         first = parts[0][0]
-        size = sum(part[0].numel() for part in parts)
-        values = self._rows(len(parts[0]), size, first.device, widened_dtype(first.dtype))
+        size = first.numel() if len(parts) == 1 else sum(part[0].numel() for part in parts)
+        key = size, first.device, widened_dtype(first.dtype)
+        # Most parts are of few sizes, and views of small parts cost as much as their copies.
+        values = self._rows.get(key) or self._new_rows(len(parts[0]), *key)
         for value, tensors in zip(values, zip(*parts, strict=True), strict=True):
-            torch._foreach_copy_(_unflatten_dense_tensors(value, tensors), tensors)
+            if len(tensors) == 1:
+                value.view(tensors[0].shape).copy_(tensors[0])
+            else:
+                torch._foreach_copy_(_unflatten_dense_tensors(value, tensors), tensors)
         return Block(values, weight, parts)
 
-    def _rows(self, count: int, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        key = device, dtype
-        if key not in self._memory:
+    def _new_rows(
+        self, count: int, size: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        if (device, dtype) not in self._memory:
             shape = count, min(self.elements, _sizes(device).block)
-            self._memory[key] = torch.empty(shape, dtype=dtype, device=device)
-        return tuple(row[:size] for row in self._memory[key])
+            self._memory[device, dtype] = torch.empty(shape, dtype=dtype, device=device)
+        rows = self._memory[device, dtype][:, :size].unbind()
+        self._rows[size, device, dtype] = rows
+        return rows

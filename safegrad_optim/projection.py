@@ -20,7 +20,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from safegrad_optim.blocks import Weighted, blocks, widened_dtype
+from safegrad_optim.blocks import Weighted, blocks, in_cache, widened_dtype
 from safegrad_optim.distributed import local
 from safegrad_optim.gradient_checks import Gradients
 from safegrad_optim.gradient_products import GradientProducts, inner_products, is_sharded
@@ -150,7 +150,7 @@ def _add_(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tensor) -> None:
         # Nothing is waited for here, and with c as a number one kernel takes half precision through fp32.
         # add_(alpha=c) would not do: on a CPU it rounds the product as well.
         number, one = coefficient.item(), cache(partial(torch.ones, ()))
-        for (user, alignment), _ in dense:
+        for user, alignment in in_cache([pair for pair, _ in dense]):
             user.addcmul_(alignment, one(dtype=user.dtype), value=number)
         return
     for block in blocks(dense):
