@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["kl_divergence"]
 
 
-def kl_divergence(ref_logits: Tensor, logits: Tensor, *, chunk_size: int = 256) -> Tensor:
+def kl_divergence(ref_logits: Tensor, logits: Tensor, *, chunk_size: int = 16) -> Tensor:
     """Sum KL(P_ref || P_model) over tokens, computed in fp32 (fp64 for fp64 input).
 
     sum_t sum_v P_ref(v|t) (log P_ref(v|t) - log P_model(v|t))

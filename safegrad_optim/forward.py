@@ -15,6 +15,7 @@ from safegrad_optim.distributed import device_type, whole
 from safegrad_optim.safety_batches import Batch
 
 __all__ = [
+    "FinalStates",
     "Outputs",
     "check_precision",
     "device_type_of",
@@ -33,6 +34,15 @@ class Outputs(NamedTuple):
     """Logits, (tokens, vocabulary), as the model returns them."""
     precision: str
     """Dtypes at the head: accelerate makes the logits of any model it has prepared fp32 afterwards."""
+
+
+class FinalStates(NamedTuple):
+    """What a reference gave before its output head, and that head if it is not the model's."""
+
+    hidden: Tensor
+    """Hidden states before the head, (tokens, hidden size)."""
+    head: tuple[Tensor, ...] = ()
+    """Weight and, where there is one, bias of the head; empty for the model's own."""
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -57,18 +67,18 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor | None = None) -> Outputs:
+def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: FinalStates | None = None) -> Outputs:
     """Run the model and return hidden states and logits at the positions of `mask` only.
 
     Args:
         model: a causal language model whose output has `.logits`.
         inputs: model inputs on the model's device, without labels.
         mask: positions to keep, (rows, length) bool.
-        ref_hidden: (tokens, hidden size) states to send through the head after the kept ones, and
-            through whatever the model does to its logits afterwards.
+        ref: states to send through their head after the kept ones, and through whatever the model does to
+            its logits afterwards.
 
     Returns:
-        Hidden states, logits and their precision; with `ref_hidden`, twice as many rows of logits.
+        Hidden states, logits and their precision; with `ref`, twice as many rows of logits.
 
     Raises:
         RuntimeError: the model did not send its hidden states through the head as expected.
@@ -85,17 +95,23 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor
             )
         selected = hidden[mask.to(hidden.device)]
         kept.append(selected)
-        if ref_hidden is not None:
-            selected = torch.cat([selected, ref_hidden.to(selected)])
+        if ref is not None and not ref.head:
+            selected = torch.cat([selected, ref.hidden.to(selected)])
         return (selected.unsqueeze(0), *args[1:])
 
-    def note_precision(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def add_reference(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         precision.append(f"hidden states {args[0].dtype}, logits {output.dtype}")
+        if ref is None or not ref.head:
+            return output
+        hidden, *weights = (tensor.to(output.device) for tensor in (ref.hidden, *ref.head))
+        with torch.no_grad():
+            ref_logits = nn.functional.linear(hidden.unsqueeze(0), *weights)
+        return torch.cat([output, ref_logits], dim=1)
 
     head = output_head(model)
     # First, before tensor parallelism makes a DTensor of what comes in.
     handle = head.register_forward_pre_hook(keep_positions, prepend=True)
-    handles = (handle, head.register_forward_hook(note_precision))
+    handles = (handle, head.register_forward_hook(add_reference))
     try:
         # Without a config the model is not of transformers and may know no cache.
         options = {"use_cache": False} if hasattr(model, "config") else {}
@@ -104,7 +120,7 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref_hidden: Tensor
     finally:
         for handle in handles:
             handle.remove()
-    rows = int(mask.sum()) * (1 if ref_hidden is None else 2)
+    rows = int(mask.sum()) * (1 if ref is None else 2)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
             f"Expected logits of {rows} positions from one call of the output head, found "

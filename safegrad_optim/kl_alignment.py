@@ -3,28 +3,28 @@
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safegrad_optim.alignment import Alignment, SafetyBatches
+from safegrad_optim.cache_kind import CacheKind, Kind, choose_kind, head_is_frozen, head_weights
 from safegrad_optim.distributed import mean_over_ranks, require_same, world_size
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.forward import (
+    FinalStates,
     Outputs,
     check_precision,
     forward_at,
-    output_head,
     unchanged_evaluation,
 )
 from safegrad_optim.parallel import inner_module, synchronized
 from safegrad_optim.reference import AdaptersOff, CurrentModel, FrozenModel, is_peft_model
-from safegrad_optim.reference_cache import Kind, ReferenceCache, fingerprint
+from safegrad_optim.reference_cache import ReferenceCache, fingerprint
 from safegrad_optim.safety_batches import Batch, Positions, position_mask
 from safegrad_optim.top_k import TopK, top_k_kl_divergence, top_k_log_probs
 
@@ -32,7 +32,6 @@ __all__ = ["KLAlignment"]
 
 # In nats a token. A model and its reference differ by less in bf16; an unaligned one by far more.
 _MAX_START_KL = 0.05
-_MAX_LOGITS_BYTES = 1 << 30
 
 
 class KLAlignment(Alignment):
@@ -42,8 +41,8 @@ class KLAlignment(Alignment):
 
     over the T response tokens of one safety batch; each call takes the next batch of a seeded order.
     Reference and model run in the same precision, in eval mode. By default the reference is computed
-    once, here, and kept on the CPU: as final hidden states where the output head is frozen (exact),
-    else as logits. With several ranks each keeps that of its own rows.
+    once, here, and kept on the CPU: as final hidden states, with a copy of the output head where that is
+    trained, or as logits. With several ranks each keeps that of its own rows.
 
     Args:
         model: the model being fine-tuned, a causal language model; with PEFT adapters or without.
@@ -53,10 +52,11 @@ class KLAlignment(Alignment):
             or, without adapters, the model as it is now.
         cache: compute the reference once instead of at each call.
         cache_file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
-        cache_kind: what is kept of each compared token. "hidden", the final hidden state, is exact as long
-            as the output head is frozen; "logits" is exact; "top_k" keeps `top_k` log-probabilities and the
-            mass of all other tokens, see `top_k_kl_divergence` for what that leaves out. By default
-            "hidden" where the head is frozen, else "logits" up to 1 GiB, else "top_k" with a warning.
+        cache_kind: what is kept of each compared token. "hidden", the final hidden state, is exact, and
+            keeps a copy of the output head where that is trained; "logits" is exact; "top_k" keeps `top_k`
+            log-probabilities and the mass of all other tokens, see `top_k_kl_divergence` for what that
+            leaves out. By default "hidden" where the head is frozen, else the smaller of "hidden" and
+            "logits" up to 1 GiB, else "top_k" with a warning.
         top_k: number of log-probabilities that "top_k" keeps.
         resumed: the model has been fine-tuned already, so it may differ from its reference. Without
             adapters this needs the `cache_file` of the run that is resumed, or `reference`.
@@ -92,7 +92,7 @@ class KLAlignment(Alignment):
         positions: Positions = "response",
         batch_size: int = 8,
         micro_batch_size: int | None = None,
-        chunk_size: int = 256,
+        chunk_size: int = 16,
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
@@ -128,13 +128,16 @@ class KLAlignment(Alignment):
         model = self.model
         self._reference = _reference(model, None if reference is None else inner_module(reference))
         self.top_k = top_k
-        self._kind = self._checked_kind(cache_kind) if cache else "logits"
+        tokens = sum(int(position_mask(batch, positions).sum()) for batch in self.batches)
+        self._kind = CacheKind("logits")
+        if cache:
+            self._kind = choose_kind(cache_kind, model, self._reference, tokens=tokens, top_k=top_k)
         # Before training changes the model that may be the reference.
         self._identity = fingerprint(
             self._reference.named_parameters(),
             self.batches,
             positions=positions,
-            kind=f"top_k {top_k}" if self._kind == "top_k" else self._kind,
+            kind=self._kind.label(top_k),
             autocast_dtype=autocast_dtype,
         )
         self._cache: ReferenceCache | None = None
@@ -205,12 +208,15 @@ class KLAlignment(Alignment):
                 if part.weight or not outputs:
                     outputs.append(tuple(tensor.cpu() for tensor in self._kept(output)))
             entries.append(tuple(map(torch.cat, zip(*outputs, strict=True))))
-        return ReferenceCache(entries, self._kind, output.precision)
+        head = tuple(
+            tensor.to("cpu", copy=True) for tensor in head_weights(self.model) if self._kind.keeps_head
+        )
+        return ReferenceCache(entries, self._kind.name, output.precision, head)
 
     def _kept(self, output: Outputs) -> tuple[Tensor, ...]:
-        if self._kind == "top_k":
+        if self._kind.name == "top_k":
             return top_k_log_probs(output.logits, self.top_k)
-        return (output.hidden if self._kind == "hidden" else output.logits,)
+        return (output.hidden if self._kind.name == "hidden" else output.logits,)
 
     @torch.no_grad()
     def _run_reference(self, inputs: Batch, mask: Tensor) -> Outputs:
@@ -241,51 +247,23 @@ class KLAlignment(Alignment):
             ref_logits = reference.logits.to(output.logits.device)
             return kl_divergence(ref_logits, output.logits, chunk_size=self.chunk_size)
         entry = [tensor[positions] for tensor in self._cache.entries[index]]
-        if self._cache.kind == "hidden" and not self._head_is_frozen():
-            raise ValueError(
-                "The output head became trainable after its reference was cached as hidden states. "
-                "Set requires_grad before building KLAlignment, which then caches logits."
-            )
-        ref_hidden = entry[0] if self._cache.kind == "hidden" else None
-        output = forward_at(self.model, inputs, mask, ref_hidden=ref_hidden)
-        check_precision(self._cache.precision, output.precision)
+        states = None
         if self._cache.kind == "hidden":
+            if not self._cache.head and not head_is_frozen(self.model):
+                raise ValueError(
+                    "The output head became trainable after its reference was cached as hidden states. "
+                    "Set requires_grad before building KLAlignment, which then keeps the head or logits."
+                )
+            states = FinalStates(entry[0], self._cache.head)
+        output = forward_at(self.model, inputs, mask, states)
+        check_precision(self._cache.precision, output.precision)
+        if states is not None:
             logits, ref_logits = output.logits.chunk(2)
             return kl_divergence(ref_logits.detach(), logits, chunk_size=self.chunk_size)
         first, *others = (tensor.to(output.logits.device) for tensor in entry)
         if self._cache.kind == "top_k":
             return top_k_kl_divergence(TopK(first, *others), output.logits, chunk_size=self.chunk_size)
         return kl_divergence(first, output.logits, chunk_size=self.chunk_size)
-
-    def _checked_kind(self, asked: Kind | None) -> Kind:
-        """The kind of cache to use, refused where it would not be the reference."""
-        if asked not in (None, *get_args(Kind)):
-            raise ValueError(f"cache_kind is {asked!r}, expected one of {get_args(Kind)} or None.")
-        fits = not isinstance(self._reference, FrozenModel) and self._head_is_frozen()
-        if asked == "hidden" and not fits:
-            raise ValueError(
-                "cache_kind is 'hidden', but the output head is trained or belongs to a second model: hidden "
-                "states would not give the reference's logits back. Use 'logits' or 'top_k'."
-            )
-        if asked is not None:
-            return asked
-        if fits:
-            return "hidden"
-        tokens = sum(int(position_mask(batch, self.positions).sum()) for batch in self.batches)
-        head = output_head(self.model)
-        row = getattr(head, "out_features", 0) * next(head.parameters()).element_size()
-        if tokens * row <= _MAX_LOGITS_BYTES:
-            return "logits"
-        warnings.warn(
-            f"The logits of the reference would take {tokens * row / 2**30:.1f} GiB, so {self.top_k} "
-            "log-probabilities a token are cached (cache_kind='top_k'), which leaves out what the model does "
-            "among the other tokens. Give cache_kind='logits' to keep all, or 'top_k' to agree.",
-            stacklevel=4,
-        )
-        return "top_k"
-
-    def _head_is_frozen(self) -> bool:
-        return not any(tensor.requires_grad for tensor in output_head(self.model).parameters())
 
     @torch.no_grad()
     def _check_start(self) -> None:

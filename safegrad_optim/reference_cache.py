@@ -5,18 +5,19 @@ import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from safegrad_optim.cache_kind import Kind
 from safegrad_optim.distributed import local, sum_of_shards
 from safegrad_optim.safety_batches import Batch, Positions, contents_digest
 
 __all__ = ["Fingerprint", "ReferenceCache", "fingerprint"]
 
-Kind = Literal["hidden", "logits", "top_k"]
 _FORMAT = "safegrad_optim reference 2"
+_HEAD = "head"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,24 +70,32 @@ class ReferenceCache:
     """What the reference gives at the compared positions of each safety batch, on the CPU.
 
     "hidden" keeps the final hidden states, (tokens, hidden size): exact as long as the output head is
-    frozen, since the head then maps them to the same logits. "logits" keeps the logits themselves,
-    (tokens, vocabulary), in the dtype the model gave them. "top_k" keeps the tensors of a `TopK`.
+    frozen, since the head then maps them to the same logits, or is kept as well. "logits" keeps the logits
+    themselves, (tokens, vocabulary), in the dtype the model gave them. "top_k" keeps the tensors of a `TopK`.
 
     Args:
         entries: for each safety batch its tensors, rows in the order of its compared positions.
         kind: which of the three they are.
         precision: dtypes that the reference ran in, see `Outputs`.
+        head: weight and bias of the reference's output head, where it is kept.
     """
 
-    def __init__(self, entries: Sequence[tuple[Tensor, ...]], kind: Kind, precision: str) -> None:
+    def __init__(
+        self,
+        entries: Sequence[tuple[Tensor, ...]],
+        kind: Kind,
+        precision: str,
+        head: tuple[Tensor, ...] = (),
+    ) -> None:
         self.entries = entries
         self.kind = kind
         self.precision = precision
+        self.head = head
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for entry in self.entries for tensor in entry)
+        return sum(tensor.nbytes for entry in (*self.entries, self.head) for tensor in entry)
 
     def save(self, path: Path, identity: Fingerprint) -> None:
         """Write the cache and its fingerprint to a safetensors file, complete or not at all."""
@@ -94,9 +103,10 @@ class ReferenceCache:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        named = [*((f"{index:06d}", entry) for index, entry in enumerate(self.entries)), (_HEAD, self.head)]
         tensors = {
-            f"{index:06d}.{part}": tensor.contiguous()
-            for index, entry in enumerate(self.entries)
+            f"{name}.{part}": tensor.contiguous()
+            for name, entry in named
             for part, tensor in enumerate(entry)
         }
         own = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision}
@@ -146,9 +156,10 @@ class ReferenceCache:
                         + (resumed if field == "weights" else "")
                     )
             groups = groupby(sorted(file.keys()), key=lambda key: key.partition(".")[0])
-            entries = [tuple(map(file.get_tensor, keys)) for _, keys in groups]
+            entries = {name: tuple(map(file.get_tensor, keys)) for name, keys in groups}
+            head = entries.pop(_HEAD, ())
             kind = next(kind for kind in get_args(Kind) if kind == metadata["kind"])
-            cache = cls(entries, kind, metadata["dtypes"])
+            cache = cls(list(entries.values()), kind, metadata["dtypes"], head)
             return cache, identity._replace(weights=metadata["weights"])
 
 

@@ -36,7 +36,7 @@ def top_k_log_probs(logits: Tensor, k: int) -> TopK:
     return TopK(torch.cat([values, _rest(log_probs, indices)], dim=-1), indices.to(torch.int32))
 
 
-def top_k_kl_divergence(ref: TopK, logits: Tensor, *, chunk_size: int = 256) -> Tensor:
+def top_k_kl_divergence(ref: TopK, logits: Tensor, *, chunk_size: int = 16) -> Tensor:
     """Sum over tokens KL(P_ref || P_model) with all but k tokens taken as one, computed in fp32.
 
     sum_t [ sum_{v in K} P_ref(v) (log P_ref(v) - log P_model(v)) + P_ref(R) (log P_ref(R) - log P_model(R)) ]

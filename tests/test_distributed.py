@@ -69,6 +69,13 @@ def test_ddp_accumulates_without_reduction(ranks, size, bucket_view):
     assert_same_as_one_process(found, **ACCUMULATED)
 
 
+@pytest.mark.parametrize(("mode", "given"), [("ddp", "wrapped"), ("fsdp", "before")])
+def test_a_kept_head(ranks, mode, given):
+    # Of a model that is sharded already it cannot be kept.
+    training = {"alignment_options": {"cache_kind": "hidden"}, "given": given}
+    assert_same_as_one_process(ranks(2, runs.train, mode=mode, **training), **training)
+
+
 FSDP = [{"reshard_after_forward": True}, {"reshard_after_forward": False}, {"own_head": True}]
 
 

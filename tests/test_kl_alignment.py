@@ -8,7 +8,7 @@ from safegrad_optim import KLAlignment, SafeGradOptimizer
 from tests.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
 
 # Gemma computes its norms in fp32 whatever the dtype of the model.
-TOLERANCE = {"Llama": 1e-9, "Qwen2": 1e-9, "GPT2": 1e-9, "Gemma2": 1e-4}
+TOLERANCE = {"Llama": 1e-9, "Qwen2": 1e-9, "GPT2": 1e-9, "Phi": 1e-9, "Gemma2": 1e-4}
 
 
 def oracle(ref_model, model, rows, positions="response"):
@@ -49,13 +49,14 @@ def test_peft_gradient_is_that_of_the_oracle(cache, positions):
     assert_gradients_close(alignment(trainable(model)), expected)
 
 
+# Of Phi because its head has a bias, of Gemma2 because it caps the logits.
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma2", "GPT2"])
-def test_full_fine_tuning_gradient_is_that_of_the_oracle(architecture, tied):
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma2", "GPT2", "Phi"])
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_full_fine_tuning_gradient_is_that_of_the_oracle(kind, architecture, tied):
     model, rows = tiny_model(architecture, tie_word_embeddings=tied).eval(), safety_rows()
     ref_model = copy.deepcopy(model)
-    alignment = KLAlignment(model, rows)
-    assert alignment.cache.kind == "logits"
+    alignment = KLAlignment(model, rows, cache_kind=kind, micro_batch_size=2)
     perturb(model, 0.1)
     found = alignment(trainable(model))
     assert_gradients_close(found, oracle(ref_model, model, rows), rtol=TOLERANCE[architecture])
@@ -129,6 +130,13 @@ def test_cached_reference_is_the_live_one_during_training():
         norm = torch.stack([gradient.norm() for gradient in expected]).norm()
         torch.testing.assert_close(optimizer.stats.alignment_norm, norm, rtol=1e-10, atol=1e-15)
     assert optimizer.counts.negligible == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_exactly_zero_before_full_fine_tuning_with_a_kept_head(dtype):
+    model = tiny_model(dtype=dtype)
+    alignment = KLAlignment(model, safety_rows(), cache_kind="hidden", micro_batch_size=2)
+    assert not any(gradient.any() for gradient in alignment(trainable(model)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,6 +222,14 @@ def test_autocast_is_the_same_for_reference_and_model(cache, surrounding):
     found, expected = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, expected))
     assert torch.cosine_similarity(found, expected, dim=0) > 0.99
     assert found.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)
+
+
+def test_a_kept_head_runs_under_the_autocast_of_the_model():
+    model, rows = tiny_model(dtype=torch.float32).eval(), safety_rows()
+    options = {"autocast_dtype": torch.bfloat16}
+    kept, logits = (KLAlignment(model, rows, cache_kind=kind, **options) for kind in ("hidden", "logits"))
+    perturb(model, 0.1)
+    assert_gradients_close(kept(trainable(model)), logits(trainable(model)), rtol=1e-6)
 
 
 def test_order_is_seeded_covers_each_epoch_and_resumes():

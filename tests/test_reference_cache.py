@@ -20,14 +20,16 @@ def tensors(alignment):
     return [tensor for entry in alignment.cache.entries for tensor in entry]
 
 
-@pytest.mark.parametrize("make", [tiny_peft, tiny_model])
-def test_a_resumed_run_reads_the_reference_of_the_original(make, cache_file):
-    rows = safety_rows()
+@pytest.mark.parametrize(
+    ("make", "kind"), [(tiny_peft, None), (tiny_model, "logits"), (tiny_model, "hidden")]
+)
+def test_a_resumed_run_reads_the_reference_of_the_original(make, kind, cache_file):
+    rows, options = safety_rows(), {"cache_file": cache_file, "cache_kind": kind, "batch_size": 2}
     original = make()
-    uninterrupted = KLAlignment(original, rows, cache_file=cache_file, batch_size=2)
+    uninterrupted = KLAlignment(original, rows, **options)
     perturb(original)
     resumed_model = copy.deepcopy(original)
-    resumed = KLAlignment(resumed_model, rows, cache_file=cache_file, batch_size=2, resumed=True)
+    resumed = KLAlignment(resumed_model, rows, resumed=True, **options)
     for _ in range(3):
         found, expected = resumed(trainable(resumed_model)), uninterrupted(trainable(original))
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
@@ -134,23 +136,51 @@ def test_top_k_is_kept_in_the_file_with_its_k(cache_file):
         build(top_k=4)
 
 
-def test_logits_too_large_to_keep_become_top_k_with_a_warning(monkeypatch):
-    model, rows = tiny_model(), safety_rows()
-    tokens = sum(label != -100 for row in rows for label in row["labels"])
-    size = tokens * model.config.vocab_size * 8
-    monkeypatch.setattr("safegrad_optim.kl_alignment._MAX_LOGITS_BYTES", size)
-    assert KLAlignment(model, rows).cache.kind == "logits"
-    monkeypatch.setattr("safegrad_optim.kl_alignment._MAX_LOGITS_BYTES", size - 1)
-    with pytest.warns(UserWarning, match="5 log-probabilities a token are cached"):
-        assert KLAlignment(model, rows, top_k=5).cache.kind == "top_k"
-    assert KLAlignment(model, rows, cache_kind="logits").cache.kind == "logits"
+def test_the_smaller_of_what_is_exact_is_kept_and_beyond_the_limit_top_k_with_a_warning(monkeypatch):
+    model, rows = tiny_model(), safety_rows(8)
+    row, state = model.config.vocab_size * 8, model.config.hidden_size * 8
+
+    def cache(rows, **options):
+        tokens = sum(label != -100 for row in rows for label in row["labels"])
+        return tokens, KLAlignment(model, rows, **options).cache
+
+    tokens, few = cache(rows[:5])
+    assert (few.kind, few.head, few.nbytes) == ("logits", (), tokens * row)
+    tokens, many = cache(rows)
+    assert (many.kind, many.nbytes) == ("hidden", model.config.vocab_size * state + tokens * state)
+    assert many.nbytes < tokens * row
+    monkeypatch.setattr("safegrad_optim.cache_kind._MAX_EXACT_BYTES", many.nbytes)
+    assert cache(rows)[1].kind == "hidden"
+    monkeypatch.setattr("safegrad_optim.cache_kind._MAX_EXACT_BYTES", many.nbytes - 1)
+    with pytest.warns(UserWarning, match=r"5 log-probabilities a token are cached.*Give cache_kind='hidden'"):
+        assert cache(rows, top_k=5)[1].kind == "top_k"
+    assert cache(rows, cache_kind="hidden")[1].nbytes == many.nbytes
+    assert cache(rows, cache_kind="logits")[1].nbytes == tokens * row
+
+
+def test_the_kept_head_is_not_the_one_that_trains():
+    model = tiny_model()
+    cache = KLAlignment(model, safety_rows(), cache_kind="hidden").cache
+    before = model.lm_head.weight.detach().clone()
+    perturb(model)
+    assert torch.equal(cache.head[0], before)
 
 
 def test_hidden_states_are_refused_where_they_would_not_be_the_reference():
-    with pytest.raises(ValueError, match="the output head is trained or belongs to a second model"):
-        KLAlignment(tiny_model(), safety_rows(), cache_kind="hidden")
-    with pytest.raises(ValueError, match="the output head is trained or belongs to a second model"):
-        KLAlignment(tiny_peft(), safety_rows(), reference=tiny_model(), cache_kind="hidden")
+    for model, reference in (
+        (tiny_peft(), tiny_model()),
+        (tiny_peft(target_modules=["lm_head"]), None),
+    ):
+        with pytest.raises(ValueError, match=r"head belongs to a second model, or is trained.*'logits'"):
+            KLAlignment(model, safety_rows(), reference=reference, cache_kind="hidden")
+
+
+def test_a_file_of_hidden_states_without_their_head_is_refused(cache_file):
+    frozen, trained = tiny_model(tie_word_embeddings=False), tiny_model(tie_word_embeddings=False)
+    frozen.lm_head.requires_grad_(False)
+    KLAlignment(frozen, safety_rows(), cache_file=cache_file)
+    with pytest.raises(ValueError, match=r"other precision: found hidden, .*expected hidden and head"):
+        KLAlignment(trained, safety_rows(), cache_file=cache_file, cache_kind="hidden")
 
 
 def test_an_unknown_kind_and_a_kind_without_cache_are_refused():

@@ -137,7 +137,7 @@ def in_own_process(child: list[str], args: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--child", json.dumps(child), "--device", args.device]
     command += ["--output-dir", str(args.output_dir), *(["--peer", str(args.peer)] if args.peer else [])]
     # glibc keeps some freed memory, how much depends on the order of requests; this makes it give it back.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_ARENA_MAX": "1"}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return int(output.splitlines()[-1])
 
