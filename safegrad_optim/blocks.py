@@ -85,13 +85,13 @@ def in_cache(gradients: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, 
     Rounding to bf16 is so many instructions that few reads are under way beside them, and a kernel waits for
     memory. A copy does not, so that copying first, and operating on what is then in the cache, takes less.
     """
-    memory = torch.empty(0)
+    memory: Tensor | None = None
     for tensors in gradients:
         if tensors[0].dtype != torch.bfloat16 or tensors[0].numel() < _WORTH_COPYING:
             yield tensors
             continue
         for part in parts(tensors):
-            if memory.numel() == 0:
+            if memory is None:
                 memory = torch.empty(_CPU.block, dtype=torch.bfloat16)
             for tensor in part:
                 memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
