@@ -48,8 +48,8 @@ def choose_kind(
         if not weights:
             raise ValueError(
                 "cache_kind is 'hidden', but the output head belongs to a second model, or is trained and no "
-                "plain unsharded nn.Linear, of which a copy could be kept: hidden states would not give the "
-                "reference's logits back. Use 'logits' or 'top_k'."
+                "plain nn.Linear without hooks and shards, of which a copy could be kept: hidden states "
+                "would not give the reference's logits back. Use 'logits' or 'top_k'."
             )
         return CacheKind("hidden", keeps_head=True)
     return _smallest(model, weights, tokens, top_k)
@@ -63,8 +63,10 @@ def head_is_frozen(model: nn.Module) -> bool:
 def head_weights(model: nn.Module) -> tuple[Tensor, ...]:
     """Weight and, where there is one, bias of an output head that is no more than these; else none."""
     head = output_head(model)
-    # A subclass may do something else with its weights.
-    if type(head) is not nn.Linear or is_distributed_tensor(head.weight):
+    # A subclass, a hook, or a forward put in place of its own may do something else with the weights.
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return ()
+    if head._forward_hooks or head._forward_pre_hooks or is_distributed_tensor(head.weight):
         return ()
     return (head.weight,) if head.bias is None else (head.weight, head.bias)
 

@@ -167,9 +167,14 @@ def test_the_kept_head_is_not_the_one_that_trains():
 
 
 def test_hidden_states_are_refused_where_they_would_not_be_the_reference():
+    hooked, replaced = tiny_model(), tiny_model()
+    hooked.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    replaced.lm_head.forward = replaced.lm_head.forward
     for model, reference in (
         (tiny_peft(), tiny_model()),
         (tiny_peft(target_modules=["lm_head"]), None),
+        (hooked, None),
+        (replaced, None),
     ):
         with pytest.raises(ValueError, match=r"head belongs to a second model, or is trained.*'logits'"):
             KLAlignment(model, safety_rows(), reference=reference, cache_kind="hidden")
