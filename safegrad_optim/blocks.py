@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-__all__ = ["Block", "Weighted", "blocks", "in_cache", "parts", "widened_dtype"]
+__all__ = ["Block", "Weighted", "blocks", "in_cache", "widened_dtype"]
 
 # Gradients of one parameter, and the weight of their products.
 Weighted = tuple[tuple[Tensor, ...], float]
@@ -60,7 +60,7 @@ def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
     scratch = _Scratch(sum(tensors[0].numel() * (1 + tensors[0].is_complex()) for tensors, _ in gradients))
     waiting: dict[tuple[torch.device, torch.dtype, float], list[tuple[Tensor, ...]]] = defaultdict(list)
     filled: Counter[tuple[torch.device, torch.dtype, float]] = Counter()
-    for part, weight in ((part, weight) for tensors, weight in gradients for part in parts(tensors)):
+    for part, weight in ((part, weight) for tensors, weight in gradients for part in _parts(tensors)):
         first = part[0]
         sizes = _sizes(first.device)
         is_wide = first.dtype == widened_dtype(first.dtype)
@@ -90,7 +90,7 @@ def in_cache(gradients: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, 
         if tensors[0].dtype != torch.bfloat16 or tensors[0].numel() < _WORTH_COPYING:
             yield tensors
             continue
-        for part in parts(tensors):
+        for part in _parts(tensors):
             if memory is None:
                 memory = torch.empty(_CPU.block, dtype=torch.bfloat16)
             for tensor in part:
@@ -108,7 +108,7 @@ def _sizes(device: torch.device) -> _Sizes:
     return _CPU if device.type == "cpu" else _DEVICE
 
 
-def parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+def _parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """Views of the same elements of each tensor, no larger than a block; small tensors as they are."""
     if tensors[0].is_complex():
         tensors = tuple(torch.view_as_real(tensor.resolve_conj()) for tensor in tensors)
@@ -123,7 +123,7 @@ def parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     else:
         longest = max(range(first.dim()), key=lambda dim: first.shape[dim])
         for half in zip(*(tensor.chunk(2, longest) for tensor in tensors), strict=True):
-            yield from parts(half)
+            yield from _parts(half)
 
 
 class _Scratch:
@@ -141,7 +141,7 @@ class _Scratch:
     def gather(self, parts: Sequence[tuple[Tensor, ...]], weight: float) -> Block:
         """Copy parts one after the other, each of the gradients apart."""
         first = parts[0][0]
-        size = first.numel() if len(parts) == 1 else sum(part[0].numel() for part in parts)
+        size = sum(part[0].numel() for part in parts)
         key = size, first.device, widened_dtype(first.dtype)
         # Most parts are of few sizes, and views of small parts cost as much as their copies.
         values = self._rows.get(key) or self._new_rows(len(parts[0]), *key)

@@ -128,9 +128,9 @@ class KLAlignment(Alignment):
         model = self.model
         self._reference = _reference(model, None if reference is None else inner_module(reference))
         self.top_k = top_k
-        tokens = sum(int(position_mask(batch, positions).sum()) for batch in self.batches)
         self._kind = CacheKind("logits")
         if cache:
+            tokens = sum(int(position_mask(batch, positions).sum()) for batch in self.batches)
             self._kind = choose_kind(cache_kind, model, self._reference, tokens=tokens, top_k=top_k)
         # Before training changes the model that may be the reference.
         self._identity = fingerprint(
@@ -208,9 +208,8 @@ class KLAlignment(Alignment):
                 if part.weight or not outputs:
                     outputs.append(tuple(tensor.cpu() for tensor in self._kept(output)))
             entries.append(tuple(map(torch.cat, zip(*outputs, strict=True))))
-        head = tuple(
-            tensor.to("cpu", copy=True) for tensor in head_weights(self.model) if self._kind.keeps_head
-        )
+        weights = head_weights(self.model) if self._kind.keeps_head else ()
+        head = tuple(tensor.to("cpu", copy=True) for tensor in weights)
         return ReferenceCache(entries, self._kind.name, output.precision, head)
 
     def _kept(self, output: Outputs) -> tuple[Tensor, ...]:

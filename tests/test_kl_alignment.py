@@ -57,6 +57,7 @@ def test_full_fine_tuning_gradient_is_that_of_the_oracle(kind, architecture, tie
     model, rows = tiny_model(architecture, tie_word_embeddings=tied).eval(), safety_rows()
     ref_model = copy.deepcopy(model)
     alignment = KLAlignment(model, rows, cache_kind=kind, micro_batch_size=2)
+    assert alignment.cache.kind == kind
     perturb(model, 0.1)
     found = alignment(trainable(model))
     assert_gradients_close(found, oracle(ref_model, model, rows), rtol=TOLERANCE[architecture])
