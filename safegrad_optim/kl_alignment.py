@@ -245,7 +245,9 @@ class KLAlignment(Alignment):
             check_precision(reference.precision, output.precision)
             ref_logits = reference.logits.to(output.logits.device)
             return kl_divergence(ref_logits, output.logits, chunk_size=self.chunk_size)
-        entry = [tensor[positions] for tensor in self._cache.entries[index]]
+        # A copy, also on the CPU: where memory is mapped or cut it may be aligned in another way than where
+        # it was computed, and kernels may then add in another order.
+        entry = [tensor[positions].clone() for tensor in self._cache.entries[index]]
         states = None
         if self._cache.kind == "hidden":
             if not self._cache.head and not head_is_frozen(self.model):

@@ -157,7 +157,8 @@ class ReferenceCache:
                     )
             groups = groupby(sorted(file.keys()), key=lambda key: key.partition(".")[0])
             entries = {name: tuple(map(file.get_tensor, keys)) for name, keys in groups}
-            head = entries.pop(_HEAD, ())
+            # Not left in the mapping, whose alignment in memory is another than that of the original.
+            head = tuple(tensor.clone() for tensor in entries.pop(_HEAD, ()))
             kind = next(kind for kind in get_args(Kind) if kind == metadata["kind"])
             cache = cls(list(entries.values()), kind, metadata["dtypes"], head)
             return cache, identity._replace(weights=metadata["weights"])

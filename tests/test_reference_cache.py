@@ -20,11 +20,14 @@ def tensors(alignment):
     return [tensor for entry in alignment.cache.entries for tensor in entry]
 
 
+# In micro-batches the cached rows are cut, so that they begin anywhere in memory.
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
 @pytest.mark.parametrize(
-    ("make", "kind"), [(tiny_peft, None), (tiny_model, "logits"), (tiny_model, "hidden")]
+    ("make", "kind"), [(tiny_peft, None), *((tiny_model, kind) for kind in ("logits", "hidden", "top_k"))]
 )
-def test_a_resumed_run_reads_the_reference_of_the_original(make, kind, cache_file):
+def test_a_resumed_run_reads_the_reference_of_the_original(make, kind, micro_batch_size, cache_file):
     rows, options = safety_rows(), {"cache_file": cache_file, "cache_kind": kind, "batch_size": 2}
+    options |= {"micro_batch_size": micro_batch_size, "top_k": 7}
     original = make()
     uninterrupted = KLAlignment(original, rows, **options)
     perturb(original)
