@@ -18,8 +18,6 @@ The math alone is in `project_conflicting` and `combine`, pure functions on list
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172.
 """
 
-from importlib.metadata import version
-
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.gradient_products import GradientProducts, inner_products
 from safegrad_optim.kl_alignment import KLAlignment
@@ -33,7 +31,7 @@ from safegrad_optim.safety_data import safety_rows
 from safegrad_optim.safety_replies import is_refusal
 from safegrad_optim.surgery_stats import SurgeryStats
 
-__version__ = version("safegrad_optim")
+__version__ = "0.1.0"
 
 __all__ = [
     "GradientProducts",

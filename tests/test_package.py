@@ -1,0 +1,34 @@
+"""The package as it is found: installed, or a copy on the path."""
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import safegrad_optim
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert version("safegrad_optim") == safegrad_optim.__version__
+
+
+def test_a_copy_on_the_path_imports_without_installed_metadata(tmp_path):
+    source = Path(safegrad_optim.__file__).parent
+    shutil.copytree(source, tmp_path / "safegrad_optim", ignore=shutil.ignore_patterns("__pycache__"))
+    # This environment has the metadata, so they are hidden.
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import importlib.metadata\n"
+        "found = importlib.metadata.distribution\n"
+        "def distribution(name):\n"
+        "    if name == 'safegrad_optim': raise importlib.metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "importlib.metadata.distribution = distribution\n"
+        "import safegrad_optim; print(safegrad_optim.__file__, safegrad_optim.__version__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    path, found = result.stdout.split()
+    assert Path(path).is_relative_to(tmp_path)
+    assert found == safegrad_optim.__version__
