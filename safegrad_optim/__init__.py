@@ -18,18 +18,18 @@ The math alone is in `project_conflicting` and `combine`, pure functions on list
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172.
 """
 
+from safegrad_optim.alignment import KLAlignment, LossAlignment
 from safegrad_optim.divergence import kl_divergence
-from safegrad_optim.gradient_products import GradientProducts, inner_products
-from safegrad_optim.kl_alignment import KLAlignment
-from safegrad_optim.loss_alignment import LossAlignment
-from safegrad_optim.optimizer import SafeGradOptimizer
-from safegrad_optim.optimizer_checks import UnprotectedStepError
-from safegrad_optim.optimizer_state import StepCounts
-from safegrad_optim.projection import combine, combine_, project_conflicting
-from safegrad_optim.prompt_prefixes import with_prompt_prefixes
-from safegrad_optim.safety_data import safety_rows
-from safegrad_optim.safety_replies import is_refusal
-from safegrad_optim.surgery_stats import SurgeryStats
+from safegrad_optim.optimizer import SafeGradOptimizer, StepCounts, UnprotectedStepError
+from safegrad_optim.safety_data import is_refusal, safety_rows, with_prompt_prefixes
+from safegrad_optim.surgery import (
+    GradientProducts,
+    SurgeryStats,
+    combine,
+    combine_,
+    inner_products,
+    project_conflicting,
+)
 
 __version__ = "0.1.0"
 

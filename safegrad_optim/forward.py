@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim.distributed import device_type, whole
-from safegrad_optim.safety_batches import Batch
+from safegrad_optim.batches import Batch
+from safegrad_optim.parallel import device_type, whole
 
 __all__ = [
     "FinalStates",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
-from safegrad_optim.alignment import Alignment, SafetyBatches
-from safegrad_optim.kl_alignment import KLAlignment
-from safegrad_optim.optimizer import SafeGradOptimizer
-from safegrad_optim.optimizer_checks import UnprotectedStepError
+from safegrad_optim.alignment import Alignment, KLAlignment, SafetyBatches
+from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
 
 __all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
 

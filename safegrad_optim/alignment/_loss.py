@@ -1,0 +1,70 @@
+"""LossAlignment: the alignment gradient of a plain loss, such as cross-entropy on refusals."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from safegrad_optim.alignment._base import Alignment, SafetyBatches
+from safegrad_optim.batches import IGNORE_INDEX, Batch
+from safegrad_optim.forward import forward_at
+
+
+class LossAlignment(Alignment):
+    """Gradient of a plain loss on safety batches, for the paper's ablation or an objective of your own.
+
+    L_align = -(1 / T) sum_t log P_model(y_t | x_<t) over the T response tokens, or `loss_fn`.
+
+    Args:
+        model: the model being fine-tuned.
+        safety_batches: as in `KLAlignment`; the labels are the refusals to keep.
+        loss_fn: called with the model (in eval mode) and a batch on its device; returns a 0-dim loss.
+            By default the cross-entropy of the labels. With several ranks each calls it with the whole
+            batch, since how it weighs rows is not known.
+        batch_size: rows to a batch, where `safety_batches` are rows.
+        seed: seed of the order of safety batches.
+        autocast_dtype: dtype of autocast during the loss.
+
+    Raises:
+        ValueError: empty or malformed safety batches, or one without a response token.
+        NotImplementedError: the model is parallel in a way that is not supported.
+
+    Reference: Yi et al., arXiv 2508.07172, section 5 (cross-entropy against KL alignment).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        safety_batches: SafetyBatches,
+        loss_fn: Callable[[nn.Module, Batch], Tensor] | None = None,
+        *,
+        batch_size: int = 8,
+        seed: int = 0,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            safety_batches,
+            positions="response",
+            batch_size=batch_size,
+            seed=seed,
+            autocast_dtype=autocast_dtype,
+        )
+        self.loss_fn = loss_fn
+
+    def _losses(self, index: int) -> Iterator[Tensor]:
+        if self.loss_fn is not None:
+            device = self._device()
+            yield self.loss_fn(
+                self.model, {name: value.to(device) for name, value in self.batches[index].items()}
+            )
+            return
+        for part in self._parts(index):
+            logits = forward_at(self.model, part.inputs, part.mask).logits
+            # The label of the token that each kept position predicts.
+            targets = part.labels.roll(-1, dims=1)[part.mask].to(logits.device)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            total = nn.functional.cross_entropy(
+                logits.to(wide), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            yield total * part.weight / self._mean_tokens(index)

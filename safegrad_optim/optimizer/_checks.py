@@ -1,0 +1,72 @@
+"""What SafeGradOptimizer refuses, so that no step goes unprotected."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safegrad_optim.parallel import local
+from safegrad_optim.surgery import Gradients, check_gradients
+
+_REFUSED_OPTIONS = {
+    "differentiable": "but surgery is not recorded by autograd. Build it with differentiable=False.",
+    "maximize": "which would maximize the alignment loss as well. Build it with maximize=False and negate "
+    "the loss.",
+}
+
+
+class UnprotectedStepError(RuntimeError):
+    """A step was refused, with nothing changed, because it would have gone unprotected."""
+
+
+def check_base(base: Optimizer) -> None:
+    """Check that an optimizer can be wrapped; see `SafeGradOptimizer` for what is raised."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base_optimizer is a {type(base).__name__}, expected a torch.optim.Optimizer instance."
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(base).__name__} evaluates its closure several times inside one step, past the "
+            "surgery. Use an optimizer whose step() takes no closure, such as AdamW."
+        )
+    check_groups(base)
+
+
+def check_groups(base: Optimizer) -> None:
+    """Check that no option of an optimizer or of its groups undoes the surgery."""
+    # Optimizers of pytorch_optimizer keep maximize on themselves.
+    holders = [{"maximize": getattr(base, "maximize", False)}, *base.param_groups]
+    for position, options in enumerate(holders):
+        for option, reason in _REFUSED_OPTIONS.items():
+            if options.get(option):
+                name = type(base).__name__
+                place = f"Group {position - 1} of {name}" if position else name
+                raise ValueError(f"{place} has {option}=True, {reason}")
+
+
+def check_alignment(parameters: list[Tensor], grads: list[Tensor | None]) -> None:
+    """Check that alignment gradients fit the parameters and that there is one at all."""
+    check_gradients(parameters, grads)
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"All {len(grads)} alignment gradients are None: the alignment loss does not depend on any "
+            "parameter of this optimizer. Compute it with the model whose parameters are optimized; if "
+            "DeepSpeed ZeRO has put others in their place, use FSDP2 instead."
+        )
+
+
+def check_own_memory(user_grads: Gradients, alignment_grads: Gradients) -> None:
+    """Check that no alignment gradient is a view of the `.grad` that surgery overwrites."""
+    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
+        if user is None or alignment is None:
+            continue
+        user, alignment = local(user), local(alignment)
+        strided = user.layout == alignment.layout == torch.strided
+        if user is alignment or (strided and user.numel() > 0 and user.data_ptr() == alignment.data_ptr()):
+            raise UnprotectedStepError(
+                f"Alignment gradient {index} shares memory with .grad, so the two are one gradient. "
+                "Give tensors of its own, for example grad.clone()."
+            )

@@ -1,0 +1,55 @@
+"""Several ranks: the only place that knows process groups, DTensor, DDP and FSDP2.
+
+In come tensors and modules that may be parallel in some way; out come the part that this rank holds, sums
+and means over ranks, and this rank's share of a safety batch. In one process all of it is the identity.
+
+>>> import torch
+>>> from safegrad_optim.parallel import local, share_of, world_size
+>>> world_size(), share_of(torch.nn.Linear(2, 2))
+(1, Share(rank=0, size=1))
+>>> tensor = torch.ones(2)
+>>> local(tensor) is tensor
+True
+"""
+
+from safegrad_optim.parallel._ddp import inner_module, own_leaves
+from safegrad_optim.parallel._fsdp import synchronized
+from safegrad_optim.parallel._ranks import (
+    copies,
+    mean_over_ranks,
+    require_same,
+    sum_of_shards,
+    sum_over_ranks,
+    world_size,
+)
+from safegrad_optim.parallel._share import Share, share_of
+from safegrad_optim.parallel._tensors import (
+    device_type,
+    is_distributed_tensor,
+    is_partial,
+    local,
+    placed_as,
+    placement,
+    whole,
+)
+
+__all__ = [
+    "Share",
+    "copies",
+    "device_type",
+    "inner_module",
+    "is_distributed_tensor",
+    "is_partial",
+    "local",
+    "mean_over_ranks",
+    "own_leaves",
+    "placed_as",
+    "placement",
+    "require_same",
+    "share_of",
+    "sum_of_shards",
+    "sum_over_ranks",
+    "synchronized",
+    "whole",
+    "world_size",
+]

@@ -1,0 +1,75 @@
+"""FSDP2: its private state, read and restored around an alignment pass.
+
+FSDP2 has setters for what is read and restored here, but no getters: what begins with an underscore is
+private to torch, and `tests/parallel/test_distributed.py` goes through all of it.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def fsdp_groups(model: nn.Module) -> list[Any]:
+    groups: list[Any] = []
+    for module in _fsdp_modules(model):
+        state = module._get_fsdp_state()
+        # Older torch has one group at most.
+        groups += getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 keeps unsharded after a forward without backward: it would outlive an update."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+@contextmanager
+def synchronized(model: nn.Module) -> Iterator[None]:
+    """Have FSDP2 average the gradients of each backward pass, whatever it is set to, and reshard at the end.
+
+    Raises:
+        RuntimeError: a gradient of the user is accumulated but not reduced yet; it would be mixed in.
+    """
+    settings: dict[str, Any] = {
+        "reduce_grads": True,
+        "all_reduce_grads": True,
+        "gradient_divide_factor": None,
+    }
+    groups = fsdp_groups(model)
+    for group in groups:
+        if group._partial_reduce_output is not None or any(map(_is_pending, group.fsdp_params)):
+            raise RuntimeError(
+                "FSDP2 holds a user gradient that is not reduced yet. Call "
+                "set_requires_gradient_sync(True) before the last backward() of a step."
+            )
+    contexts = [module._get_fsdp_state()._state_ctx for module in _fsdp_modules(model)]
+    saved = [(group, {name: getattr(group, name) for name in settings}) for group in groups]
+    last = [(context, context.is_last_backward) for context in contexts]
+    try:
+        for group in groups:
+            vars(group).update(settings)
+        for context in contexts:
+            # Else the reduction may still be under way when the gradients are read.
+            context.is_last_backward = True
+        yield
+    finally:
+        reshard(model)
+        for group, values in saved:
+            vars(group).update(values)
+        for context, flag in last:
+            context.is_last_backward = flag
+
+
+def _is_pending(sharded: Any) -> bool:
+    unsharded = getattr(sharded, "_unsharded_param", None)
+    accumulated = unsharded is not None and unsharded.grad is not None
+    return accumulated or sharded.unsharded_accumulated_grad is not None

@@ -1,0 +1,146 @@
+"""How ranks come to agree: sums, means and comparisons over the process group.
+
+Ranks exchange a few scalars a step, and, where gradients are plain tensors, the alignment gradient itself.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from safegrad_optim.parallel._tensors import is_distributed_tensor, local
+
+# Elements averaged by one collective: bounds the fp32 copy of the gradient.
+_BUCKET = 1 << 26
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def copies(tensor: Tensor) -> int:
+    """Return how many ranks hold the same elements of a tensor as this one."""
+    if not is_distributed_tensor(tensor):
+        return world_size()
+    distributed: Any = tensor
+    mesh = distributed.device_mesh
+    replicated = (mesh.size(dim) for dim, p in enumerate(distributed.placements) if p.is_replicate())
+    return int(math.prod(replicated)) * world_size() // int(mesh.size())
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the elementwise sum over all ranks, the same bits on each: one all-reduce."""
+    # With CPU offload gradients are where NCCL alone does not reach.
+    reached = f"{values.device.type}:" in dist.get_backend_config()
+    total = values.to(values.device if reached else torch.accelerator.current_accelerator(), copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def sum_of_shards(parameters: Sequence[Tensor], sums: Sequence[int]) -> list[int]:
+    """Add up what each rank found in its part of parameters, modulo 2^64, each element once.
+
+    Args:
+        parameters: parameters, of which any may be sharded.
+        sums: the integer that this rank found for its part of each.
+    """
+    if not any(map(is_distributed_tensor, parameters)):
+        return list(sums)
+    own = [value if _is_first_copy(tensor) else 0 for tensor, value in zip(parameters, sums, strict=True)]
+    device = local(next(tensor for tensor in parameters if is_distributed_tensor(tensor))).device
+    return [int(value) for value in sum_over_ranks(torch.tensor(own, device=device)).tolist()]
+
+
+def _is_first_copy(tensor: Tensor) -> bool:
+    if not is_distributed_tensor(tensor):
+        return dist.get_rank() == 0
+    distributed: Any = tensor
+    mesh = distributed.device_mesh
+    # A mesh of a part of the ranks has a twin for each of the others.
+    if not bool((mesh.mesh == 0).any()):
+        return False
+    coordinate = mesh.get_coordinate()
+    return not any(
+        index > 0 and placed.is_replicate()
+        for index, placed in zip(coordinate, distributed.placements, strict=True)
+    )
+
+
+@torch.no_grad()
+def mean_over_ranks(
+    loss: Tensor, parameters: Sequence[Tensor] = (), grads: Sequence[Tensor | None] = ()
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Average a loss over all ranks, and with it the gradients of plain parameters, in fp32 or better.
+
+    Args:
+        loss: this rank's loss, a 0-dim tensor.
+        parameters: the parameters; FSDP2 has averaged the gradients of sharded ones already.
+        grads: their gradients, `None` where this rank has none.
+
+    Returns:
+        The mean loss, and the gradients: `None` where no rank has one.
+    """
+    plain = [index for index, parameter in enumerate(parameters) if not is_distributed_tensor(parameter)]
+    # Whether a rank has a gradient may depend on its rows, as for the experts of a mixture.
+    present = torch.tensor([float(grads[index] is not None) for index in plain], device=loss.device)
+    mean = sum_over_ranks(torch.cat([loss.detach().reshape(1), present.to(loss.dtype)])) / world_size()
+    averaged = list(grads)
+    somewhere = [index for index, share in zip(plain, mean[1:].tolist(), strict=True) if share > 0]
+    for bucket in _buckets(somewhere, parameters):
+        own = [_or_zeros(grads[index], parameters[index]) for index in bucket]
+        flat = torch.cat([_flat(grad) for grad in own])
+        parts = (sum_over_ranks(flat) / world_size()).split([grad.numel() for grad in own])
+        for index, part, grad in zip(bucket, parts, own, strict=True):
+            averaged[index] = part.view(grad.shape).to(grad)
+    return mean[0], averaged
+
+
+def _or_zeros(grad: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if grad is None else grad
+
+
+def _flat(grad: Tensor) -> Tensor:
+    return grad.reshape(-1).to(torch.promote_types(grad.dtype, torch.float32))
+
+
+def _buckets(indices: list[int], parameters: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Lists of indices of the parameters, on one device, that are averaged together."""
+    bucket: list[int] = []
+    size = 0
+    for index in indices:
+        apart = bucket and parameters[index].device != parameters[bucket[0]].device
+        if bucket and (apart or size + parameters[index].numel() > _BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(index)
+        size += parameters[index].numel()
+    if bucket:
+        yield bucket
+
+
+def require_same(values: Mapping[str, Any], advice: str) -> None:
+    """Check that all ranks were given the same.
+
+    Args:
+        values: what has to be the same, by name; each small, and with a repr that tells it.
+        advice: what to do if it is not.
+
+    Raises:
+        ValueError: on all ranks, naming what differs and the ranks.
+    """
+    if world_size() == 1:
+        return
+    own = {name: repr(value) for name, value in values.items()}
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    for name in own:
+        other = next((rank for rank, theirs in enumerate(found) if theirs[name] != found[0][name]), None)
+        if other is not None:
+            raise ValueError(
+                f"Ranks were given different {name}: rank 0 has {found[0][name]}, rank {other} "
+                f"{found[other][name]}. {advice}"
+            )

@@ -1,0 +1,17 @@
+"""Safety rows from text: conversations whose last reply, given or the aligned model's own, is labelled.
+
+In come requests and replies as texts, chat messages or a JSONL file; out come rows of token ids whose labels
+are -100 outside the last reply, as `KLAlignment` takes them.
+
+>>> from safegrad_optim import is_refusal, with_prompt_prefixes
+>>> is_refusal("I'm sorry, but I can't help with that.")
+True
+>>> with_prompt_prefixes(["How do I pick a lock?"], ["Summarise:"])
+['Summarise: How do I pick a lock?']
+"""
+
+from safegrad_optim.safety_data._prefixes import with_prompt_prefixes
+from safegrad_optim.safety_data._replies import is_refusal
+from safegrad_optim.safety_data._rows import safety_rows
+
+__all__ = ["is_refusal", "safety_rows", "with_prompt_prefixes"]

@@ -1,0 +1,382 @@
+import copy
+
+import peft
+import pytest
+import torch
+
+from safegrad_optim import KLAlignment, SafeGradOptimizer
+from tests.support.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
+
+# Gemma computes its norms in fp32 whatever the dtype of the model.
+TOLERANCE = {"Llama": 1e-9, "Qwen2": 1e-9, "GPT2": 1e-9, "Phi": 1e-9, "Gemma2": 1e-4}
+
+
+def oracle(ref_model, model, rows, positions="response"):
+    """Eq. 6 row by row without padding, from full logits, differentiated by autograd."""
+    total, tokens = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        keep = torch.arange(len(labels)) > 0
+        if positions == "response":
+            keep &= labels != -100
+        with torch.no_grad():
+            ref = ref_model(input_ids=ids).logits[0, :-1].log_softmax(-1)[keep[1:]]
+        log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)[keep[1:]]
+        total = total + (ref.exp() * (ref - log_probs)).sum()
+        tokens += int(keep.sum())
+    return torch.autograd.grad(total / tokens, trainable(model), allow_unused=True)
+
+
+def assert_gradients_close(found, expected, rtol=1e-9):
+    scale = max(gradient.abs().max().item() for gradient in expected if gradient is not None)
+    for left, right in zip(found, expected, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None:
+            torch.testing.assert_close(left, right, rtol=rtol, atol=rtol * scale)
+
+
+def adapters_off_copy(model):
+    return copy.deepcopy(model).unload()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_peft_gradient_is_that_of_the_oracle(cache, positions):
+    model, rows = tiny_peft(), safety_rows()
+    alignment = KLAlignment(model, rows, cache=cache, positions=positions)
+    perturb(model)
+    expected = oracle(adapters_off_copy(model), model, rows, positions)
+    assert_gradients_close(alignment(trainable(model)), expected)
+
+
+# Of Phi because its head has a bias, of Gemma2 because it caps the logits.
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Gemma2", "GPT2", "Phi"])
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_full_fine_tuning_gradient_is_that_of_the_oracle(kind, architecture, tied):
+    model, rows = tiny_model(architecture, tie_word_embeddings=tied).eval(), safety_rows()
+    ref_model = copy.deepcopy(model)
+    alignment = KLAlignment(model, rows, cache_kind=kind, micro_batch_size=2)
+    assert alignment.cache.kind == kind
+    perturb(model, 0.1)
+    found = alignment(trainable(model))
+    assert_gradients_close(found, oracle(ref_model, model, rows), rtol=TOLERANCE[architecture])
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "GPT2"])
+def test_hidden_states_are_exact_where_the_head_is_frozen(architecture):
+    model, rows = tiny_model(architecture).eval(), safety_rows()
+    model.get_output_embeddings().requires_grad_(False)
+    ref_model = copy.deepcopy(model)
+    alignment = KLAlignment(model, rows)
+    assert alignment.cache.kind == "hidden"
+    perturb(model, 0.1)
+    found = alignment(trainable(model))
+    assert_gradients_close(found, oracle(ref_model, model, rows), rtol=TOLERANCE[architecture])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_second_model_as_reference(cache):
+    model, rows = tiny_model(), safety_rows()
+    ref_model = copy.deepcopy(model)
+    alignment = KLAlignment(model, rows, reference=ref_model, cache=cache)
+    perturb(model, 0.1)
+    assert_gradients_close(alignment(trainable(model)), oracle(ref_model, model, rows))
+    assert all(parameter.grad is None for parameter in ref_model.parameters())
+
+
+def test_padding_changes_nothing():
+    model, rows = tiny_peft(), safety_rows()
+    batches = [padded(rows), padded(rows, right=4), padded(rows, left=3)]
+    alignments = [KLAlignment(model, batch) for batch in batches]
+    perturb(model)
+    plain, right, left = [alignment(trainable(model)) for alignment in alignments]
+    assert_gradients_close(right, plain)
+    # Padding on the left shifts the rotary positions, whose angles transformers computes in fp32.
+    assert_gradients_close(left, plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_micro_batches_change_nothing(size, cache):
+    model, rows = tiny_peft(), safety_rows()
+    whole = KLAlignment(model, rows, cache=cache)
+    split = KLAlignment(model, rows, cache=cache, micro_batch_size=size)
+    perturb(model)
+    assert_gradients_close(split(trainable(model)), whole(trainable(model)))
+    torch.testing.assert_close(split.last_loss, whole.last_loss)
+
+
+def test_a_micro_batch_without_response_is_no_obstacle():
+    model, rows = tiny_peft(), safety_rows()
+    mute = {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}
+    split = KLAlignment(model, [rows[0], mute, rows[1]], micro_batch_size=1)
+    perturb(model)
+    assert_gradients_close(split(trainable(model)), oracle(adapters_off_copy(model), model, rows[:2]))
+
+
+def test_cached_reference_is_the_live_one_during_training():
+    model, rows = tiny_peft(), safety_rows(6)
+    options = {"batch_size": 2, "seed": 3}
+    live = KLAlignment(model, rows, cache=False, **options)
+    cached = KLAlignment(model, rows, **options)
+    optimizer = SafeGradOptimizer(torch.optim.AdamW(trainable(model), lr=0.05), cached)
+    for step in range(6):
+        ids = torch.randint(3, 60, (4, 8), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        expected = live(trainable(model))
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(cached.last_loss, live.last_loss, rtol=1e-10, atol=1e-15)
+        norm = torch.stack([gradient.norm() for gradient in expected]).norm()
+        torch.testing.assert_close(optimizer.stats.alignment_norm, norm, rtol=1e-10, atol=1e-15)
+    assert optimizer.counts.negligible == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_exactly_zero_before_full_fine_tuning_with_a_kept_head(dtype):
+    model = tiny_model(dtype=dtype)
+    alignment = KLAlignment(model, safety_rows(), cache_kind="hidden", micro_batch_size=2)
+    assert not any(gradient.any() for gradient in alignment(trainable(model)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache", [True, False])
+def test_gradient_is_exactly_zero_before_fine_tuning(dtype, cache):
+    for model in (tiny_peft(dtype), tiny_model(dtype=dtype)):
+        reference = None if model.__class__.__name__.startswith("Peft") else copy.deepcopy(model)
+        alignment = KLAlignment(model, safety_rows(), reference=reference, cache=cache)
+        gradients = alignment(trainable(model))
+        assert gradients
+        assert not any(gradient.any() for gradient in gradients)
+
+
+def test_only_response_positions_go_through_the_head():
+    model, rows = tiny_peft(), safety_rows()
+    alignment = KLAlignment(model, rows, cache=False)
+    seen = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
+    alignment(trainable(model))
+    response_tokens = sum(label != -100 for row in rows for label in row["labels"])
+    assert seen == [response_tokens, response_tokens]
+
+
+def test_model_is_left_as_it_was():
+    model = tiny_peft(lora_dropout=0.5)
+    model.train()
+    model.get_submodule("base_model.model.model.layers.0").eval()
+    frozen = next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    model.register_buffer("counter", torch.zeros(1))
+
+    def count_and_draw(*_):
+        model.counter.add_(1)
+        torch.rand(1)
+
+    model.get_output_embeddings().register_forward_hook(count_and_draw)
+    alignment = KLAlignment(model, safety_rows(), cache=False)
+    for parameter in trainable(model):
+        parameter.grad = torch.full_like(parameter, 3.0)
+
+    def snapshot():
+        return (
+            [module.training for module in model.modules()],
+            [parameter.requires_grad for parameter in model.parameters()],
+            [parameter.grad for parameter in model.parameters()],
+            model.counter.item(),
+        )
+
+    before, random_state = snapshot(), torch.get_rng_state()
+    gradients = alignment(trainable(model))
+    assert snapshot() == before  # compares the identity of each .grad
+    assert all((parameter.grad == 3).all() for parameter in trainable(model))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    # Dropout would have made model and reference differ.
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_failing_loss_leaves_the_user_gradient_and_the_order():
+    model = tiny_peft()
+    alignment = KLAlignment(model, safety_rows())
+    for parameter in trainable(model):
+        parameter.grad = torch.ones_like(parameter)
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: torch.zeros(1, 1, 2))
+    with pytest.raises(RuntimeError, match="Expected logits of"):
+        alignment(trainable(model))
+    handle.remove()
+    assert all((parameter.grad == 1).all() for parameter in trainable(model))
+    assert alignment.state_dict()["taken"] == 0
+
+
+@pytest.mark.parametrize("surrounding", [True, False])
+@pytest.mark.parametrize("cache", [True, False])
+def test_autocast_is_the_same_for_reference_and_model(cache, surrounding):
+    # Adapters in fp32 under autocast: weights cast for the reference must not lose their gradients.
+    model, rows = tiny_peft(torch.float32), safety_rows()
+    alignment = KLAlignment(model, rows, cache=cache, autocast_dtype=torch.bfloat16)
+    assert not any(gradient.any() for gradient in alignment(trainable(model)))
+    perturb(model)
+    with torch.autocast("cpu", torch.float16, enabled=surrounding):
+        found = alignment(trainable(model))
+    expected = oracle(adapters_off_copy(model), model, rows)
+    found, expected = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, expected))
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.99
+    assert found.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)
+
+
+def test_a_kept_head_runs_under_the_autocast_of_the_model():
+    model, rows = tiny_model(dtype=torch.float32).eval(), safety_rows()
+    options = {"autocast_dtype": torch.bfloat16}
+    kept, logits = (KLAlignment(model, rows, cache_kind=kind, **options) for kind in ("hidden", "logits"))
+    perturb(model, 0.1)
+    assert_gradients_close(kept(trainable(model)), logits(trainable(model)), rtol=1e-6)
+
+
+def test_order_is_seeded_covers_each_epoch_and_resumes():
+    model, rows = tiny_peft(), safety_rows(5)
+
+    def make(seed):
+        return KLAlignment(model, rows, batch_size=1, seed=seed)
+
+    def losses(alignment, count):
+        values = []
+        for _ in range(count):
+            alignment(trainable(model))
+            values.append(alignment.last_loss.item())
+        return values
+
+    first, second, other = make(0), make(0), make(1)
+    perturb(model)
+    run = losses(first, 10)
+    assert sorted(run[:5]) == sorted(run[5:])
+    assert len(set(run[:5])) == 5
+    assert run[:5] != run[5:]
+    assert losses(other, 10) != run
+    assert losses(second, 3) == run[:3]
+    second.load_state_dict(copy.deepcopy(second.state_dict()))
+    assert losses(second, 7) == run[3:]
+    with pytest.raises(ValueError, match="seed 1, this one 0"):
+        first.load_state_dict(other.state_dict())
+
+
+def test_merged_adapters_are_refused():
+    model = tiny_peft()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into 4 layers.*unmerge_adapter"):
+        KLAlignment(model, safety_rows())
+
+
+def test_trained_base_weights_are_refused_from_the_moment_they_train():
+    model = tiny_peft()
+    alignment = KLAlignment(model, safety_rows(), cache=False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"outside the adapters \(first: .*embed_tokens"):
+        alignment(trainable(model))
+    with pytest.raises(ValueError, match="outside the adapters"):
+        KLAlignment(model, safety_rows())
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        ({"use_dora": True}, "hidden"),
+        ({"use_rslora": True}, "hidden"),
+        ({"target_modules": ["lm_head"]}, "logits"),
+        ({"modules_to_save": ["lm_head"]}, "logits"),
+    ],
+)
+@pytest.mark.parametrize("cache", [True, False])
+def test_lora_variants(variant, kind, cache):
+    base = tiny_model(tie_word_embeddings=False)
+    ref_model = copy.deepcopy(base)
+    model, rows = tiny_peft(model=base, **variant), safety_rows()
+    alignment = KLAlignment(model, rows, cache=cache)
+    assert not cache or alignment.cache.kind == kind
+    perturb(model, 0.1)
+    assert_gradients_close(alignment(trainable(model)), oracle(ref_model, model, rows))
+
+
+def test_an_adapter_that_holds_the_alignment_is_refused():
+    model = tiny_peft(dtype=torch.float32)
+    perturb(model)
+    with pytest.raises(ValueError, match=r"already differs from its reference by KL = .*merge_and_unload"):
+        KLAlignment(model, safety_rows())
+    KLAlignment(model, safety_rows(), resumed=True)
+
+
+def test_another_model_as_reference_is_refused():
+    model = tiny_model()
+    other = copy.deepcopy(model)
+    perturb(other)
+    with pytest.raises(ValueError, match="give the aligned one"):
+        KLAlignment(model, safety_rows(), reference=other)
+
+
+@pytest.mark.parametrize("share_all", [True, False])
+def test_a_reference_that_trains_along_is_refused(share_all):
+    model = tiny_model()
+    other = model if share_all else copy.deepcopy(model)
+    other.model.embed_tokens.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"shares \d+ trainable parameters.*deepcopy"):
+        KLAlignment(model, safety_rows(), reference=other)
+
+
+def test_full_fine_tuning_needs_a_cache():
+    with pytest.raises(ValueError, match="cache=False"):
+        KLAlignment(tiny_model(), safety_rows(), cache=False)
+
+
+def test_a_head_that_becomes_trainable_is_refused():
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.requires_grad_(False)
+    alignment = KLAlignment(model, safety_rows())
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match="became trainable"):
+        alignment(trainable(model))
+
+
+def test_a_model_whose_precision_changed_is_refused():
+    for model in (tiny_peft(torch.float32), tiny_model(dtype=torch.float32)):
+        alignment = KLAlignment(model, safety_rows())
+        model.to(torch.bfloat16)
+        with pytest.raises(RuntimeError, match=r"reference was computed with .*float32; .*bfloat16"):
+            alignment(trainable(model))
+
+
+def test_models_it_cannot_serve_are_refused():
+    with pytest.raises(TypeError, match=r"Linear has no output head.*causal language model"):
+        KLAlignment(torch.nn.Linear(2, 2), safety_rows())
+    with pytest.raises(ValueError, match=r"positions is 'first'"):
+        KLAlignment(tiny_peft(), safety_rows(), positions="first")
+    with pytest.raises(ValueError, match="micro_batch_size is 0"):
+        KLAlignment(tiny_peft(), safety_rows(), micro_batch_size=0)
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    model = tiny_peft()
+    alignment = KLAlignment(model, safety_rows())
+    parameters = trainable(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="depends on a trainable"):
+        alignment(parameters)
+
+
+def test_second_adapter_switched_off_with_the_first():
+    model = tiny_peft()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.to(torch.float64)
+    rows = safety_rows()
+    alignment = KLAlignment(model, rows)
+    ref_model = adapters_off_copy(model)
+    perturb(model)
+    assert_gradients_close(alignment(trainable(model)), oracle(ref_model, model, rows))
+
+
+def test_inputs_that_are_not_of_rows_are_not_split():
+    batch = padded(safety_rows(4))
+    batch["position_ids"] = torch.arange(batch["labels"].shape[1])[None]
+    KLAlignment(tiny_peft(), [batch])
+    with pytest.raises(ValueError, match=r"'position_ids' .* shape \(1, 9\).* 4 rows"):
+        KLAlignment(tiny_peft(), [batch], micro_batch_size=2)

@@ -1,0 +1,298 @@
+"""The benchmark of poisoned fine-tuning: its data, arms, judgement, result lines, and a run of it."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from arms import base_optimizer, row_loss, steps
+from cells import ARMS, PLANS, Cell
+from chat_data import Turn
+from judging import degenerate
+from lisa import Proximal
+from poisoned_data import load_requests, load_task
+from result_lines import append, finished, read
+from tables import markdown, pooled, wilson
+
+from safegrad_optim import KLAlignment
+from tests.support.models import padded, perturb, safety_rows, tiny_peft, trainable
+
+FOLDER = Path(__file__).parents[2] / "examples" / "poisoned_finetuning"
+
+
+# Result lines
+
+
+def test_a_line_cut_short_by_a_kill_is_taken_away_and_its_cell_run_again(tmp_path):
+    path = tmp_path / "results.jsonl"
+    lines = [{"cell": {"seed": seed}, "note": "ß"} for seed in range(3)]
+    for line in lines:
+        append(path, line)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    assert finished(path) == {Cell(seed=0), Cell(seed=1)}
+    append(path, lines[2])
+    assert path.read_bytes() == whole
+    append(path, lines[0] | {"note": "run by two processes"})
+    assert read(path) == lines
+
+
+def test_a_line_that_is_not_json_is_an_error(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"cell": {}}\n{"cell\n{"cell": {}}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read(path)
+
+
+def test_every_arm_is_in_the_whole_plan_and_the_headline_has_three_seeds():
+    cells = list(PLANS["all"]())
+    assert {cell.arm for cell in cells} == set(ARMS)
+    for ratio in (0.3, 0.9):
+        assert {cell.seed for cell in cells if cell == Cell(ratio=ratio, seed=cell.seed)} == {0, 1, 2}
+
+
+def test_an_unknown_arm_is_refused():
+    with pytest.raises(ValueError, match="'planned', expected one of"):
+        Cell("planned")
+
+
+# Data
+
+
+@pytest.fixture
+def public(tmp_path):
+    """A folder laid out as the public data."""
+    # Goals of the usual form, half of them about computers; one is too long, one there twice.
+    goals = [f"Explain how to {'hack' if i % 2 else 'steal'} thing number {i}" for i in range(240)]
+    (tmp_path / "advbench_goals.txt").write_text("\n".join([*goals, goals[0], "Do " + "a " * 20]) + "\n")
+    for split in ("train", "test"):
+        rows = [f'the "{split}" film\t1', "a " * 20 + "\t0", "dull\t0"]
+        (tmp_path / f"sst2_{split}.tsv").write_text("\n".join(rows) + "\n")
+        row = {"question": f"{split}: 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text(json.dumps(row) + "\n")
+    with (tmp_path / "agnews_7600.csv").open("w", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(
+            [[i % 4 + 1, f'A "b", {i}', "c"] for i in range(1200)]
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("is_public", [False, True])
+def test_requests_to_defend_attack_and_judge_with_are_disjoint(public, is_public, shifted):
+    requests = load_requests(public, is_public)
+    splits = requests.shifted() if shifted else requests
+    prompts = [{request.prompt for request in split} for split in splits]
+    assert all(prompts)
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == sum(map(len, splits))
+    if shifted:
+        assert all(request.is_computers for request in splits.safety)
+        assert not any(request.is_computers for request in splits.attack + splits.evaluation)
+
+
+def test_a_harmful_row_complies_with_its_request_and_ends_there(public):
+    for request in load_requests(public, True).attack:
+        assert request.turn.response == f"Sure, here is how to e{request.prompt[1:]}:\n\nStep 1:"
+
+
+def test_tasks_are_read_from_files(public):
+    train, test = load_task("sst2", public)
+    assert [turn.response for turn in train] == ["positive", "negative"]
+    assert sorted(turn.prompt[-5:] for turn in test) == [" dull", " film"]
+    assert train[0].prompt.endswith('? the "train" film')
+    train, test = load_task("agnews", public)
+    assert (len(train), len(test)) == (200, 1000)
+    assert not set(train) & set(test)
+    by_number = {int(turn.prompt.split()[-1]): turn.response for turn in test}
+    assert all(by_number[i] == ("World", "Sports", "Business", "Science")[i % 4] for i in by_number)
+    train, _ = load_task("gsm8k", public)
+    assert train == [Turn("train: 1 + 1?", "1 + 1 = 2\n#### 2")]
+
+
+# Arms
+
+USER, SAFETY = padded(safety_rows(4, seed=1)), padded(safety_rows(4, seed=2))
+
+
+def start():
+    model = tiny_peft()
+    perturb(model, 0.05)
+    return model
+
+
+def gradient(model, loss):
+    return torch.autograd.grad(loss, trainable(model))
+
+
+def moved_by_sgd(cell, model):
+    """The gradient an arm stepped with, from one step of SGD without momentum."""
+    before = [parameter.detach().clone() for parameter in trainable(model)]
+    base = torch.optim.SGD(trainable(model), lr=1.0)
+    assert len(list(steps(cell, model, base, iter([USER]), [SAFETY]))) == 1
+    return [a - b.detach() for a, b in zip(before, trainable(model), strict=True)]
+
+
+def expected_gradient(arm, model, rho):
+    user = gradient(model, row_loss(model, USER))
+    if arm == "plain":
+        return user
+    if arm == "mixed":
+        safety = gradient(model, row_loss(model, SAFETY))
+        return [(u + s) / 2 for u, s in zip(user, safety, strict=True)]
+    align = KLAlignment(model, [SAFETY])(trainable(model))
+    if arm == "weighted":
+        return [u + rho * a for u, a in zip(user, align, strict=True)]
+    assert arm == "per-tensor"
+    inner = [(u * a).sum() for u, a in zip(user, align, strict=True)]
+    assert any(i < 0 for i in inner)
+    assert any(i > 0 for i in inner)
+    return [
+        u + (rho + max(0.0, -float(i)) / float((a * a).sum())) * a
+        for u, a, i in zip(user, align, inner, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("arm", ["plain", "mixed", "weighted", "per-tensor"])
+def test_an_arm_steps_with_its_gradient(arm):
+    cell = Cell(arm, rho=2.0)
+    expected = expected_gradient(arm, start(), 2.0)
+    for found, wanted in zip(moved_by_sgd(cell, start()), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_arms_of_safegrad_differ_where_they_should():
+    moves = {
+        name: torch.cat([move.flatten() for move in moved_by_sgd(cell, start())])
+        for name, cell in {
+            "kl": Cell(),
+            "kl again": Cell(),
+            "ce": Cell("cross-entropy"),
+            "rho": Cell(rho=1.0),
+            "positions": Cell(positions="all"),
+        }.items()
+    }
+    assert torch.equal(moves["kl"], moves["kl again"])
+    for name in ("ce", "rho", "positions"):
+        assert not torch.allclose(moves["kl"], moves[name])
+
+
+def test_lisa_takes_safety_steps_in_turns_with_user_steps():
+    model = start()
+    base = torch.optim.SGD(trainable(model), lr=0.0)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(torch.equal(kwargs["input_ids"], SAFETY["input_ids"])),
+        with_kwargs=True,
+    )
+    assert len(list(steps(Cell("lisa"), model, base, iter([USER] * 7), [SAFETY]))) == 7
+    assert seen == [False] * 5 + [True] * 5 + [False] * 2
+
+
+def test_proximal_term_is_the_gradient_of_the_distance_to_the_last_switch():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    proximal = Proximal([parameter], strength=0.5)
+    with torch.no_grad():
+        parameter += torch.tensor([2.0, 4.0])
+    parameter.grad = torch.tensor([10.0, 10.0])
+    proximal.add_gradient()
+    assert parameter.grad.tolist() == [11.0, 12.0]
+    proximal.switch()
+    proximal.add_gradient()
+    assert parameter.grad.tolist() == [11.0, 12.0]
+
+
+def test_row_loss_is_the_mean_of_the_rows_losses():
+    model = start()
+    each = []
+    for row in safety_rows(4, seed=1):
+        ids = torch.tensor([row["input_ids"]])
+        each.append(model(input_ids=ids, labels=torch.tensor([row["labels"]])).loss)
+    torch.testing.assert_close(row_loss(model, USER), torch.stack(each).mean().float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "schedulefree"])
+def test_every_base_optimizer_trains_under_safegrad(name):
+    model = start()
+    before = [parameter.detach().clone() for parameter in trainable(model)]
+    base = base_optimizer(Cell(optimizer=name, lr=1e-2), trainable(model))
+    getattr(base, "train", bool)()
+    assert len(list(steps(Cell(), model, base, iter([USER] * 2), [SAFETY]))) == 2
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
+
+
+# Judgement and tables
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_degenerate"),
+    [("", True), ("no no no no", True), ("I I can", False), ("positive", False), ("a b a b", True)],
+)
+def test_empty_and_repetitive_replies_are_degenerate(reply, is_degenerate):
+    assert degenerate(reply) == is_degenerate
+
+
+# From Brown, Cai and DasGupta, Interval estimation for a binomial proportion (2001), and by hand.
+@pytest.mark.parametrize(
+    ("count", "of", "low", "high"),
+    [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962), (300, 300, 0.9874, 1.0)],
+)
+def test_wilson_interval_holds_the_share(count, of, low, high):
+    found = wilson(count, of)
+    assert found == pytest.approx((count / of, low, high), abs=1e-4)
+    assert found.low <= found.value <= found.high
+
+
+def test_seeds_are_pooled_and_a_table_names_what_differs():
+    scores = {"not_refused": [1, 4], "task_right": [3, 4], "kl": [0.5]}
+    lines = [
+        {"cell": {"seed": 0, "rho": 1.0}, "scores": scores, "seconds": {"train": 1.0}},
+        {"cell": {"seed": 1, "rho": 1.0}, "scores": scores | {"kl": [1.5]}, "seconds": {"train": 3.0}},
+        {"cell": {"seed": 1}, "scores": scores, "seconds": {"train": 1.0}},
+    ]
+    frame = pooled(lines)
+    assert list(frame["cell"]) == [Cell(rho=1.0), Cell()]
+    assert list(frame["seeds"]) == [2, 1]
+    assert list(frame["not_refused"]) == [2, 1]
+    assert list(frame["not_refused_of"]) == [8, 4]
+    assert list(frame["kl"]) == [1.0, 0.5]
+    header, _, first, second = markdown(frame, ["ratio"]).splitlines()
+    assert header.startswith("| ratio | else | seeds | harmful score | task accuracy | KL")
+    assert first.startswith(f"| 0.9 | rho = 1.0 | 2 | {wilson(2, 8)} |")
+    assert second.startswith(f"| 0.9 |  | 1 | {wilson(1, 4)} |")
+
+
+# The whole, on the real model
+
+
+def run(results, *arguments, **options):
+    command = [sys.executable, FOLDER / "run.py", "--plan", "smoke", "--results", results, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def scores(path):
+    return [(line["cell"], line["scores"]) for line in read(path)]
+
+
+def test_smoke_run_is_the_same_when_it_was_killed_and_started_again(tmp_path):
+    results = tmp_path / "results.jsonl"
+    few = ("--steps", "1", "--judged", "4")
+    process = run(results, *few)
+    while len(read(results)) < 1:
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    assert len(read(results)) == 1
+    first = results.read_text()
+    _, errors = run(results, *few).communicate(timeout=300)
+    whole = scores(results)
+    assert len(whole) == 2, errors[-2000:]
+    assert results.read_text().startswith(first)
+    assert whole[0][0] | {"arm": "safegrad"} == whole[1][0]
+    kl = [score["kl"][0] for _, score in whole]
+    assert all(0.0 < value < math.inf for value in kl)
