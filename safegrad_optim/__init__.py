@@ -21,6 +21,7 @@ Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07
 from safegrad_optim.alignment import KLAlignment, LossAlignment
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.optimizer import SafeGradOptimizer, StepCounts, UnprotectedStepError
+from safegrad_optim.reference import Reference
 from safegrad_optim.safety_data import is_refusal, safety_rows, with_prompt_prefixes
 from safegrad_optim.surgery import (
     GradientProducts,
@@ -37,6 +38,7 @@ __all__ = [
     "GradientProducts",
     "KLAlignment",
     "LossAlignment",
+    "Reference",
     "SafeGradOptimizer",
     "StepCounts",
     "SurgeryStats",

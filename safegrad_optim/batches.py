@@ -3,22 +3,49 @@
 import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "BatchOrder", "Positions", "as_batches", "contents_digest", "position_mask"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "BatchOrder",
+    "Part",
+    "Positions",
+    "SafetyBatches",
+    "as_batches",
+    "contents_digest",
+    "position_mask",
+]
 
 IGNORE_INDEX = -100
 Positions = Literal["response", "all"]
 
 Batch = dict[str, Tensor]
+SafetyBatches = Iterable[Mapping[str, Any]] | Mapping[str, Any]
 _PADDING = {"labels": IGNORE_INDEX}
 
 
+class Part(NamedTuple):
+    """Some rows of a safety batch, on the model's device."""
+
+    inputs: Batch
+    """Model inputs, without labels."""
+    mask: Tensor
+    """The compared positions, (rows, length) bool."""
+    labels: Tensor
+    weight: float
+    """1, or 0 where another rank's rows are run to keep pace."""
+    batch: int
+    """The index of its batch."""
+    tokens: slice
+    """Its compared tokens among all those that this rank computes of the batch."""
+
+
 def as_batches(
-    safety_batches: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+    safety_batches: SafetyBatches,
     *,
     positions: Positions,
     batch_size: int,
@@ -32,9 +59,12 @@ def as_batches(
         batch_size: rows to a batch, for single rows only.
 
     Raises:
-        ValueError: there is no batch, or one lacks `labels`, has odd shapes, or no response token.
+        ValueError: there is no batch, or one lacks `labels`, has odd shapes, or no response token;
+            `positions` is unknown.
         TypeError: an entry is no mapping of tensors.
     """
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions is {positions!r}, expected 'response' or 'all'.")
     items = [safety_batches] if isinstance(safety_batches, Mapping) else list(safety_batches)
     if not items:
         raise ValueError("The safety batches are empty. Give at least one batch with a response.")

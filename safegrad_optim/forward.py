@@ -17,6 +17,7 @@ from safegrad_optim.parallel import device_type, whole
 __all__ = [
     "FinalStates",
     "Outputs",
+    "autocast",
     "check_precision",
     "device_type_of",
     "forward_at",
@@ -187,3 +188,9 @@ def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
 def device_type_of(model: nn.Module) -> str:
     """Return the type of the device that the model's first parameter is computed with."""
     return device_type(next(model.parameters()))
+
+
+def autocast(model: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
+    """Return autocast to `dtype` on the model's device, off where it is `None`."""
+    # Its weight cache would serve weights cast for the reference, without a graph, to the model.
+    return torch.autocast(device_type_of(model), dtype, enabled=dtype is not None, cache_enabled=False)

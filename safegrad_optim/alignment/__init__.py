@@ -15,8 +15,8 @@ False
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
-from safegrad_optim.alignment._base import Alignment, SafetyBatches
+from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.alignment._kl import KLAlignment
 from safegrad_optim.alignment._loss import LossAlignment
 
-__all__ = ["Alignment", "KLAlignment", "LossAlignment", "SafetyBatches"]
+__all__ = ["Alignment", "KLAlignment", "LossAlignment"]

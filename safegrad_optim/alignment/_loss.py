@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim.alignment._base import Alignment, SafetyBatches
-from safegrad_optim.batches import IGNORE_INDEX, Batch
+from safegrad_optim.alignment._base import Alignment
+from safegrad_optim.alignment._source import SafetySource
+from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches
 from safegrad_optim.forward import forward_at
 
 
@@ -52,14 +53,13 @@ class LossAlignment(Alignment):
         )
         self.loss_fn = loss_fn
 
-    def _losses(self, index: int) -> Iterator[Tensor]:
+    def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
         if self.loss_fn is not None:
             device = self._device()
-            yield self.loss_fn(
-                self.model, {name: value.to(device) for name, value in self.batches[index].items()}
-            )
+            batch = {name: value.to(device) for name, value in source.batches[index].items()}
+            yield self.loss_fn(self.model, batch)
             return
-        for part in self._parts(index):
+        for part in self._parts(source, index):
             logits = forward_at(self.model, part.inputs, part.mask).logits
             # The label of the token that each kept position predicts.
             targets = part.labels.roll(-1, dims=1)[part.mask].to(logits.device)
@@ -67,4 +67,4 @@ class LossAlignment(Alignment):
             total = nn.functional.cross_entropy(
                 logits.to(wide), targets, ignore_index=IGNORE_INDEX, reduction="sum"
             )
-            yield total * part.weight / self._mean_tokens(index)
+            yield total * part.weight / self._mean_tokens(source, index)

@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
-from safegrad_optim.alignment import Alignment, KLAlignment, SafetyBatches
+from safegrad_optim.alignment import Alignment, KLAlignment
+from safegrad_optim.batches import SafetyBatches
 from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
 
 __all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
@@ -40,8 +41,8 @@ def safegrad_optimizer(
     SafeGradOptimizer(the optimizer that `args` describe, KLAlignment(the Trainer's model, safety_batches))
 
     The Trainer builds it when training starts, with its own parameter groups. When it resumes, it has
-    loaded the fine-tuned weights by then: pass `resumed=True`, and, without PEFT adapters, the
-    `cache_file` that the original run was given. Under FSDP2 it loads them later: pass neither.
+    loaded the fine-tuned weights by then: pass `reference=Reference(resumed=True)`, and, without PEFT
+    adapters, with the `file` that the original run was given. Under FSDP2 it loads them later: pass neither.
 
     Args:
         args: the Trainer's arguments; `optim`, `learning_rate` and the like make the base optimizer.

@@ -17,6 +17,7 @@ from safegrad_optim.parallel._fsdp import synchronized
 from safegrad_optim.parallel._ranks import (
     copies,
     mean_over_ranks,
+    on_any_rank,
     require_same,
     sum_of_shards,
     sum_over_ranks,
@@ -42,6 +43,7 @@ __all__ = [
     "is_partial",
     "local",
     "mean_over_ranks",
+    "on_any_rank",
     "own_leaves",
     "placed_as",
     "placement",

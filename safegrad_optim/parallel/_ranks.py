@@ -41,6 +41,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
+def on_any_rank(flag: bool | Tensor) -> bool:
+    """Return whether a flag is set on at least one rank; all ranks have to ask together."""
+    return bool(flag if world_size() == 1 else sum_over_ranks(torch.as_tensor(flag, dtype=torch.float32)))
+
+
 def sum_of_shards(parameters: Sequence[Tensor], sums: Sequence[int]) -> list[int]:
     """Add up what each rank found in its part of parameters, modulo 2^64, each element once.
 

@@ -1,29 +1,39 @@
 """P_ref: where it comes from, what of it is kept and where, and how it is read back.
 
-In come the model, or a second one, and safety batches; out comes KL(P_ref || P_model) of some of their rows,
-with P_ref computed anew or read from what was kept.
+In come the model, or a second one, and the parts of safety batches that a rank computes; out comes the sum of
+KL(P_ref || P_model) over their compared tokens, with P_ref computed anew or read from what was kept.
+
+>>> import torch
+>>> from safegrad_optim import Reference
+>>> Reference(file="reference.safetensors", cache="logits").resumed
+False
+>>> Reference(cache="some")
+Traceback (most recent call last):
+ValueError: cache is 'some', expected one of ('exact', 'hidden', 'logits', 'top_k') or None.
 
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
-from safegrad_optim.reference._cache import ReferenceCache, fingerprint
-from safegrad_optim.reference._kind import CacheKind, Kind, choose_kind, head_is_frozen, head_weights
-from safegrad_optim.reference._source import AdaptersOff, CurrentModel, FrozenModel, is_peft_model
+from safegrad_optim.reference._cache import ReferenceCache
+from safegrad_optim.reference._fingerprint import Fingerprint, fingerprint
+from safegrad_optim.reference._kind import choose_kind
+from safegrad_optim.reference._options import Reference
+from safegrad_optim.reference._reading import LiveReference, Reading, cached_reference
+from safegrad_optim.reference._source import ReferenceSource, reference_source
 from safegrad_optim.reference._top_k import TopK, top_k_kl_divergence, top_k_log_probs
 
 __all__ = [
-    "AdaptersOff",
-    "CacheKind",
-    "CurrentModel",
-    "FrozenModel",
-    "Kind",
+    "Fingerprint",
+    "LiveReference",
+    "Reading",
+    "Reference",
     "ReferenceCache",
+    "ReferenceSource",
     "TopK",
+    "cached_reference",
     "choose_kind",
     "fingerprint",
-    "head_is_frozen",
-    "head_weights",
-    "is_peft_model",
+    "reference_source",
     "top_k_kl_divergence",
     "top_k_log_probs",
 ]

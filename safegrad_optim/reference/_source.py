@@ -7,8 +7,13 @@ from typing import Protocol
 from torch import Tensor, nn
 
 
-class Reference(Protocol):
-    """A source of the reference distribution."""
+class ReferenceSource(Protocol):
+    """What P_ref is computed from."""
+
+    shares_head: bool
+    """Whether its output head is that of the model, which then gives its logits back from hidden states."""
+    drifts: bool
+    """Whether fine-tuning changes it, so that it has to be kept before."""
 
     def open(self) -> AbstractContextManager[nn.Module]:
         """Give the model that is the reference for as long as the context lasts."""
@@ -19,9 +24,12 @@ class Reference(Protocol):
         ...
 
 
-def is_peft_model(model: nn.Module) -> bool:
-    """Return whether `model` has PEFT adapters that can be switched off."""
-    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+def reference_source(model: nn.Module, ref_model: nn.Module | None = None) -> ReferenceSource:
+    """Return the second model if there is one, else the model without its PEFT adapters, else as it is."""
+    if ref_model is not None:
+        return FrozenModel(ref_model, model)
+    has_adapters = hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+    return AdaptersOff(model) if has_adapters else CurrentModel(model)
 
 
 class AdaptersOff:
@@ -34,6 +42,9 @@ class AdaptersOff:
         ValueError: on construction and at each use, where switching the adapters off would not give
             the aligned model back: merged adapters, or trainable parameters outside the adapters.
     """
+
+    shares_head = True
+    drifts = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -70,7 +81,7 @@ class AdaptersOff:
         return found
 
     def _check(self) -> None:
-        advice = "or give a frozen copy of the aligned model as reference=."
+        advice = "or give a frozen copy of the aligned model as Reference(ref_model=...)."
         merged = [name for name, module in self.model.named_modules() if _is_merged(module)]
         if merged:
             raise ValueError(
@@ -97,6 +108,9 @@ class FrozenModel:
         ValueError: the two share a trainable parameter, so the reference would train along.
     """
 
+    shares_head = False
+    drifts = False
+
     def __init__(self, ref_model: nn.Module, model: nn.Module) -> None:
         trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
         shared = [name for name, tensor in ref_model.named_parameters() if tensor in trained]
@@ -104,7 +118,7 @@ class FrozenModel:
             raise ValueError(
                 f"The reference shares {len(shared)} trainable parameters with the model (first: "
                 f"{shared[0]}), so it would drift along with it. Give a copy.deepcopy of the model made "
-                "before training, or leave reference out to cache the model as it is now."
+                "before training, or leave ref_model out to cache the model as it is now."
             )
         self.ref_model = ref_model
 
@@ -122,6 +136,9 @@ class CurrentModel:
     Args:
         model: the aligned model that is about to be fine-tuned.
     """
+
+    shares_head = True
+    drifts = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from safegrad_optim.forward import output_head, unchanged_evaluation
-from safegrad_optim.reference import AdaptersOff, CurrentModel, is_peft_model
+from safegrad_optim.reference import reference_source
 
 _REFUSALS = (
     "i can't",
@@ -43,7 +43,7 @@ def greedy_replies(
     model: nn.Module, tokenizer: Any, prompts: dict[str, list[int]], max_new_tokens: int, batch_size: int
 ) -> dict[str, list[int]]:
     """The aligned model's greedy replies by name, with their end-of-turn token unless they were cut."""
-    aligned = AdaptersOff(model) if is_peft_model(model) else CurrentModel(model)
+    aligned = reference_source(model)
     stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
     device = next(model.parameters()).device

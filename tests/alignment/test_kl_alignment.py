@@ -4,7 +4,10 @@ import peft
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
+from safegrad_optim.alignment._source import SafetySource
+from safegrad_optim.batches import as_batches
+from safegrad_optim.reference import reference_source
 from tests.support.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
 
 # Gemma computes its norms in fp32 whatever the dtype of the model.
@@ -39,11 +42,11 @@ def adapters_off_copy(model):
     return copy.deepcopy(model).unload()
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["exact", None])
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_peft_gradient_is_that_of_the_oracle(cache, positions):
     model, rows = tiny_peft(), safety_rows()
-    alignment = KLAlignment(model, rows, cache=cache, positions=positions)
+    alignment = KLAlignment(model, rows, reference=Reference(cache=cache), positions=positions)
     perturb(model)
     expected = oracle(adapters_off_copy(model), model, rows, positions)
     assert_gradients_close(alignment(trainable(model)), expected)
@@ -56,7 +59,7 @@ def test_peft_gradient_is_that_of_the_oracle(cache, positions):
 def test_full_fine_tuning_gradient_is_that_of_the_oracle(kind, architecture, tied):
     model, rows = tiny_model(architecture, tie_word_embeddings=tied).eval(), safety_rows()
     ref_model = copy.deepcopy(model)
-    alignment = KLAlignment(model, rows, cache_kind=kind, micro_batch_size=2)
+    alignment = KLAlignment(model, rows, reference=Reference(cache=kind), micro_batch_size=2)
     assert alignment.cache.kind == kind
     perturb(model, 0.1)
     found = alignment(trainable(model))
@@ -75,11 +78,11 @@ def test_hidden_states_are_exact_where_the_head_is_frozen(architecture):
     assert_gradients_close(found, oracle(ref_model, model, rows), rtol=TOLERANCE[architecture])
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["exact", None])
 def test_second_model_as_reference(cache):
     model, rows = tiny_model(), safety_rows()
     ref_model = copy.deepcopy(model)
-    alignment = KLAlignment(model, rows, reference=ref_model, cache=cache)
+    alignment = KLAlignment(model, rows, reference=Reference(ref_model=ref_model, cache=cache))
     perturb(model, 0.1)
     assert_gradients_close(alignment(trainable(model)), oracle(ref_model, model, rows))
     assert all(parameter.grad is None for parameter in ref_model.parameters())
@@ -96,12 +99,13 @@ def test_padding_changes_nothing():
     assert_gradients_close(left, plain, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["exact", None])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_change_nothing(size, cache):
     model, rows = tiny_peft(), safety_rows()
-    whole = KLAlignment(model, rows, cache=cache)
-    split = KLAlignment(model, rows, cache=cache, micro_batch_size=size)
+    reference = Reference(cache=cache)
+    whole = KLAlignment(model, rows, reference=reference)
+    split = KLAlignment(model, rows, reference=reference, micro_batch_size=size)
     perturb(model)
     assert_gradients_close(split(trainable(model)), whole(trainable(model)))
     torch.testing.assert_close(split.last_loss, whole.last_loss)
@@ -118,7 +122,7 @@ def test_a_micro_batch_without_response_is_no_obstacle():
 def test_cached_reference_is_the_live_one_during_training():
     model, rows = tiny_peft(), safety_rows(6)
     options = {"batch_size": 2, "seed": 3}
-    live = KLAlignment(model, rows, cache=False, **options)
+    live = KLAlignment(model, rows, reference=Reference(cache=None), **options)
     cached = KLAlignment(model, rows, **options)
     optimizer = SafeGradOptimizer(torch.optim.AdamW(trainable(model), lr=0.05), cached)
     for step in range(6):
@@ -136,16 +140,16 @@ def test_cached_reference_is_the_live_one_during_training():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_is_exactly_zero_before_full_fine_tuning_with_a_kept_head(dtype):
     model = tiny_model(dtype=dtype)
-    alignment = KLAlignment(model, safety_rows(), cache_kind="hidden", micro_batch_size=2)
+    alignment = KLAlignment(model, safety_rows(), reference=Reference(cache="hidden"), micro_batch_size=2)
     assert not any(gradient.any() for gradient in alignment(trainable(model)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["exact", None])
 def test_gradient_is_exactly_zero_before_fine_tuning(dtype, cache):
     for model in (tiny_peft(dtype), tiny_model(dtype=dtype)):
-        reference = None if model.__class__.__name__.startswith("Peft") else copy.deepcopy(model)
-        alignment = KLAlignment(model, safety_rows(), reference=reference, cache=cache)
+        ref_model = None if model.__class__.__name__.startswith("Peft") else copy.deepcopy(model)
+        alignment = KLAlignment(model, safety_rows(), reference=Reference(ref_model=ref_model, cache=cache))
         gradients = alignment(trainable(model))
         assert gradients
         assert not any(gradient.any() for gradient in gradients)
@@ -153,7 +157,7 @@ def test_gradient_is_exactly_zero_before_fine_tuning(dtype, cache):
 
 def test_only_response_positions_go_through_the_head():
     model, rows = tiny_peft(), safety_rows()
-    alignment = KLAlignment(model, rows, cache=False)
+    alignment = KLAlignment(model, rows, reference=Reference(cache=None))
     seen = []
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
@@ -175,7 +179,7 @@ def test_model_is_left_as_it_was():
         torch.rand(1)
 
     model.get_output_embeddings().register_forward_hook(count_and_draw)
-    alignment = KLAlignment(model, safety_rows(), cache=False)
+    alignment = KLAlignment(model, safety_rows(), reference=Reference(cache=None))
     for parameter in trainable(model):
         parameter.grad = torch.full_like(parameter, 3.0)
 
@@ -210,11 +214,11 @@ def test_a_failing_loss_leaves_the_user_gradient_and_the_order():
 
 
 @pytest.mark.parametrize("surrounding", [True, False])
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["exact", None])
 def test_autocast_is_the_same_for_reference_and_model(cache, surrounding):
     # Adapters in fp32 under autocast: weights cast for the reference must not lose their gradients.
     model, rows = tiny_peft(torch.float32), safety_rows()
-    alignment = KLAlignment(model, rows, cache=cache, autocast_dtype=torch.bfloat16)
+    alignment = KLAlignment(model, rows, reference=Reference(cache=cache), autocast_dtype=torch.bfloat16)
     assert not any(gradient.any() for gradient in alignment(trainable(model)))
     perturb(model)
     with torch.autocast("cpu", torch.float16, enabled=surrounding):
@@ -228,7 +232,9 @@ def test_autocast_is_the_same_for_reference_and_model(cache, surrounding):
 def test_a_kept_head_runs_under_the_autocast_of_the_model():
     model, rows = tiny_model(dtype=torch.float32).eval(), safety_rows()
     options = {"autocast_dtype": torch.bfloat16}
-    kept, logits = (KLAlignment(model, rows, cache_kind=kind, **options) for kind in ("hidden", "logits"))
+    kept, logits = (
+        KLAlignment(model, rows, reference=Reference(cache=kind), **options) for kind in ("hidden", "logits")
+    )
     perturb(model, 0.1)
     assert_gradients_close(kept(trainable(model)), logits(trainable(model)), rtol=1e-6)
 
@@ -269,7 +275,7 @@ def test_merged_adapters_are_refused():
 
 def test_trained_base_weights_are_refused_from_the_moment_they_train():
     model = tiny_peft()
-    alignment = KLAlignment(model, safety_rows(), cache=False)
+    alignment = KLAlignment(model, safety_rows(), reference=Reference(cache=None))
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"outside the adapters \(first: .*embed_tokens"):
         alignment(trainable(model))
@@ -286,13 +292,13 @@ def test_trained_base_weights_are_refused_from_the_moment_they_train():
         ({"modules_to_save": ["lm_head"]}, "logits"),
     ],
 )
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("cache", ["exact", None])
 def test_lora_variants(variant, kind, cache):
     base = tiny_model(tie_word_embeddings=False)
     ref_model = copy.deepcopy(base)
     model, rows = tiny_peft(model=base, **variant), safety_rows()
-    alignment = KLAlignment(model, rows, cache=cache)
-    assert not cache or alignment.cache.kind == kind
+    alignment = KLAlignment(model, rows, reference=Reference(cache=cache))
+    assert cache is None or alignment.cache.kind == kind
     perturb(model, 0.1)
     assert_gradients_close(alignment(trainable(model)), oracle(ref_model, model, rows))
 
@@ -302,7 +308,7 @@ def test_an_adapter_that_holds_the_alignment_is_refused():
     perturb(model)
     with pytest.raises(ValueError, match=r"already differs from its reference by KL = .*merge_and_unload"):
         KLAlignment(model, safety_rows())
-    KLAlignment(model, safety_rows(), resumed=True)
+    KLAlignment(model, safety_rows(), reference=Reference(resumed=True))
 
 
 def test_another_model_as_reference_is_refused():
@@ -310,7 +316,7 @@ def test_another_model_as_reference_is_refused():
     other = copy.deepcopy(model)
     perturb(other)
     with pytest.raises(ValueError, match="give the aligned one"):
-        KLAlignment(model, safety_rows(), reference=other)
+        KLAlignment(model, safety_rows(), reference=Reference(ref_model=other))
 
 
 @pytest.mark.parametrize("share_all", [True, False])
@@ -319,12 +325,12 @@ def test_a_reference_that_trains_along_is_refused(share_all):
     other = model if share_all else copy.deepcopy(model)
     other.model.embed_tokens.weight = model.model.embed_tokens.weight
     with pytest.raises(ValueError, match=r"shares \d+ trainable parameters.*deepcopy"):
-        KLAlignment(model, safety_rows(), reference=other)
+        KLAlignment(model, safety_rows(), reference=Reference(ref_model=other))
 
 
 def test_full_fine_tuning_needs_a_cache():
-    with pytest.raises(ValueError, match="cache=False"):
-        KLAlignment(tiny_model(), safety_rows(), cache=False)
+    with pytest.raises(ValueError, match="cache=None"):
+        KLAlignment(tiny_model(), safety_rows(), reference=Reference(cache=None))
 
 
 def test_a_head_that_becomes_trainable_is_refused():
@@ -380,3 +386,48 @@ def test_inputs_that_are_not_of_rows_are_not_split():
     KLAlignment(tiny_peft(), [batch])
     with pytest.raises(ValueError, match=r"'position_ids' .* shape \(1, 9\).* 4 rows"):
         KLAlignment(tiny_peft(), [batch], micro_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"cache": False}, r"Reference\(cache=None\)"),
+        ({"cache_file": "reference.safetensors"}, r"Reference\(file="),
+        ({"cache_kind": "logits"}, r"Reference\(cache=\.\.\.\)"),
+        ({"top_k": 8}, r"Reference\(cache='top_k', top_k="),
+        ({"resumed": True}, r"Reference\(resumed="),
+        ({"chunk_size": 4}, r"kl_divergence\(chunk_size="),
+        ({"reference": tiny_model()}, r"reference is a LlamaForCausalLM.*Reference\(ref_model="),
+    ],
+)
+def test_an_argument_of_before_is_refused_with_the_name_of_the_new_one(old, new):
+    with pytest.raises(TypeError, match=new):
+        KLAlignment(tiny_peft(), safety_rows(), **old)
+
+
+@pytest.mark.parametrize("cache", ["exact", None])
+def test_the_loss_is_the_weighted_sum_of_the_means_of_its_sources(cache):
+    model, many, few = tiny_peft(), safety_rows(6), safety_rows(2, seed=1)
+    reference = Reference(cache=cache)
+    made = KLAlignment(model, many, reference=reference, batch_size=2)
+    (first,) = made._sources
+    second = SafetySource(as_batches(few, positions="all", batch_size=1), positions="all", seed=3, weight=0.3)
+    made._sources = first, second
+    made._readings[second] = made._reading(reference, reference_source(model), second)
+    alone = [
+        KLAlignment(model, many, reference=reference, batch_size=2),
+        KLAlignment(model, few, reference=reference, batch_size=1, positions="all", seed=3),
+    ]
+    perturb(model)
+    for _ in range(3):
+        found = made(trainable(model))
+        one, other = (alignment(trainable(model)) for alignment in alone)
+        expected = [left + 0.3 * right for left, right in zip(one, other, strict=True)]
+        # Attention computes its softmax in fp32, which rounds gradients of a weighted loss in another place.
+        assert_gradients_close(found, expected, rtol=1e-6)
+        torch.testing.assert_close(made.last_loss, alone[0].last_loss + 0.3 * alone[1].last_loss)
+    state = made.state_dict()
+    assert (state["taken"], state["taken_1"], state["seed_1"]) == (3, 3, 3)
+    second.order.taken = 0
+    made.load_state_dict(state)
+    assert second.order.taken == 3

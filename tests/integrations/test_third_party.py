@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
 from tests.support.models import VOCABULARY, padded, safety_rows, tiny_model, tiny_peft, trainable
 
 SHAPES = [(6, 4), (8, 6)]  # matrices, for the sake of Muon and its kin
@@ -350,7 +350,7 @@ def test_lightning(precision, accumulation, tmp_path):
     plain = fit(safe=False)
 
     def divergence(module):
-        alignment = KLAlignment(module.model, safety_rows(4), resumed=True)
+        alignment = KLAlignment(module.model, safety_rows(4), reference=Reference(resumed=True))
         alignment(trainable(module.model))
         return float(alignment.last_loss)
 

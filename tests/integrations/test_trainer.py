@@ -8,7 +8,14 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from safegrad_optim import KLAlignment, LossAlignment, SafeGradOptimizer, SurgeryStats, UnprotectedStepError
+from safegrad_optim import (
+    KLAlignment,
+    LossAlignment,
+    Reference,
+    SafeGradOptimizer,
+    SurgeryStats,
+    UnprotectedStepError,
+)
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 from tests.support.models import padded, safety_rows, tiny_model, tiny_peft, trainable
 
@@ -18,6 +25,8 @@ MODELS = {
     "full": lambda: tiny_model(dtype=torch.float32),
 }
 MEANS = ["cosine", "user_norm", "alignment_norm", "final_norm"]
+
+RESUMED = {"reference": Reference(resumed=True)}
 
 
 def arguments(folder, **options):
@@ -142,11 +151,12 @@ def test_both_paths_take_the_same_trajectory(kind, tmp_path):
     def train(path):
         model = MODELS[kind]()
         args = arguments(tmp_path, weight_decay=0.1)
-        cache = {"cache_file": tmp_path / f"{path}.safetensors"}
+        file = tmp_path / f"{path}.safetensors"
+        cache = {"reference": Reference(file=file)}
         trainer = trainer_of(model, args, **options_for(path, model, args, cache, refresh_every=2))
         SafeGradCallback().add_to(trainer)
         trainer.train()
-        assert cache["cache_file"].exists()
+        assert file.exists()
         return weights(model), safegrad_logs(trainer)
 
     found, found_logs = train("factory")
@@ -354,12 +364,13 @@ def run(kind, path, folder, checkpoint=None, kill=False, refresh_every=1, alignm
 @pytest.mark.parametrize("kind", ["LoRA", "full"])
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(kind, path, refresh_every, tmp_path):
     # Step 5 is inside a logging interval, inside an epoch, and between two refreshes.
-    alignment = {"cache_file": tmp_path / "reference.safetensors"}
+    file = tmp_path / "reference.safetensors"
+    alignment = {"reference": Reference(file=file)}
     options = {"refresh_every": refresh_every, "alignment": alignment}
     expected = run(kind, path, tmp_path / "whole", **options)
     run(kind, path, tmp_path / "cut", kill=True, **options)
     # The factory comes after the checkpoint's weights have been loaded.
-    alignment["resumed"] = path == "factory"
+    alignment["reference"] = Reference(file=file, resumed=path == "factory")
     found = run(kind, path, tmp_path / "cut", tmp_path / "cut" / "checkpoint-5", **options)
     assert list(found[1]) == [3, 6, 9]
     assert found[1:] == expected[1:]
@@ -367,7 +378,10 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(kind, path, refresh_eve
 
 
 def test_callback_that_the_trainer_replaces_goes_on_where_it_was(tmp_path):
-    options = {"restore_callback_states_from_checkpoint": True, "alignment": {"resumed": True}}
+    options = {
+        "restore_callback_states_from_checkpoint": True,
+        "alignment": RESUMED,
+    }
     expected = run("LoRA", "factory", tmp_path / "whole", **options)
     run("LoRA", "factory", tmp_path / "cut", kill=True, **options)
     found = run("LoRA", "factory", tmp_path / "cut", tmp_path / "cut" / "checkpoint-5", **options)
@@ -377,7 +391,13 @@ def test_callback_that_the_trainer_replaces_goes_on_where_it_was(tmp_path):
 def test_full_fine_tuning_does_not_resume_without_its_reference(tmp_path):
     run("full", "factory", tmp_path, kill=True)
     with pytest.raises(ValueError, match=r"the cache file is not given"):
-        run("full", "factory", tmp_path, tmp_path / "checkpoint-5", alignment={"resumed": True})
+        run(
+            "full",
+            "factory",
+            tmp_path,
+            tmp_path / "checkpoint-5",
+            alignment=RESUMED,
+        )
     with pytest.raises(ValueError, match=r"saved run kept to a reference with weights"):
         run("full", "factory", tmp_path, tmp_path / "checkpoint-5")
 
@@ -389,7 +409,7 @@ def test_callback_can_join_at_a_resume(tmp_path):
     trainer.add_callback(KillAfterSaving())
     with pytest.raises(KilledError):
         trainer.train()
-    trainer = trainer_of(model, args, **options_for("factory", model, args, {"resumed": True}))
+    trainer = trainer_of(model, args, **options_for("factory", model, args, RESUMED))
     SafeGradCallback().add_to(trainer)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "safegrad/cosine" in safegrad_logs(trainer)[2]

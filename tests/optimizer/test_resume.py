@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
 from tests.support.models import safety_rows, tiny_model, tiny_peft, trainable
 
 STEPS = 10
@@ -17,12 +17,12 @@ def batch(step):
 class Run:
     """A training script: model, optimizer, and the checkpoint of both."""
 
-    def __init__(self, make, refresh_every=1, load=None, seed=0, **options):
+    def __init__(self, make, refresh_every=1, load=None, seed=0, reference=None):
         self.model = make(dtype=torch.float32)
         checkpoint = None if load is None else torch.load(load, weights_only=True)
-        if checkpoint is not None and options.get("resumed"):
+        if checkpoint is not None and reference is not None and reference.resumed:
             self.model.load_state_dict(checkpoint["model"])
-        alignment = KLAlignment(self.model, safety_rows(6), batch_size=2, seed=seed, **options)
+        alignment = KLAlignment(self.model, safety_rows(6), batch_size=2, seed=seed, reference=reference)
         base = torch.optim.AdamW(trainable(self.model), lr=0.01)
         self.optimizer = SafeGradOptimizer(base, alignment, refresh_every=refresh_every)
         if checkpoint is not None:
@@ -61,10 +61,12 @@ def test_killed_and_resumed_from_the_aligned_model(make, stop, refresh_every, tm
 
 @pytest.mark.parametrize("make", [tiny_peft, tiny_model])
 def test_killed_and_resumed_from_the_fine_tuned_model(make, tmp_path):
-    options = {"cache_file": tmp_path / "reference.safetensors", "refresh_every": 4}
+    file = tmp_path / "reference.safetensors"
+    options = {"refresh_every": 4, "reference": Reference(file=file)}
     uninterrupted = Run(make, **options).steps(0, STEPS)
     Run(make, **options).steps(0, 6).save(tmp_path / "checkpoint.pt")
-    resumed = Run(make, load=tmp_path / "checkpoint.pt", resumed=True, **options).steps(6, STEPS)
+    options["reference"] = Reference(file=file, resumed=True)
+    resumed = Run(make, load=tmp_path / "checkpoint.pt", **options).steps(6, STEPS)
     assert_same_end(resumed, uninterrupted)
 
 
@@ -76,14 +78,14 @@ def test_a_reference_taken_from_the_fine_tuned_model_is_refused(tmp_path):
         KLAlignment(run.model, safety_rows(6), batch_size=2),
     )
     before = drifted.state_dict()
-    with pytest.raises(ValueError, match=r"fine-tuned before KLAlignment was.*cache_file.*resumed=True"):
+    with pytest.raises(ValueError, match=r"fine-tuned before KLAlignment was.*file=.*resumed=True"):
         drifted.load_state_dict(run.optimizer.state_dict())
     assert drifted.state_dict() == before
 
 
 def test_a_fine_tuned_model_without_its_saved_reference_is_refused():
     with pytest.raises(ValueError, match=r"resumed=True.*cache file is not given"):
-        KLAlignment(tiny_model(), safety_rows(), resumed=True)
+        KLAlignment(tiny_model(), safety_rows(), reference=Reference(resumed=True))
 
 
 def test_another_order_of_safety_batches_is_refused():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
+from safegrad_optim import Reference
 from tests.support import parallel_runs as runs
 from tests.support.ranks import RankError, Ranks
 
@@ -72,7 +73,7 @@ def test_ddp_accumulates_without_reduction(ranks, size, bucket_view):
 @pytest.mark.parametrize(("mode", "given"), [("ddp", "wrapped"), ("fsdp", "before")])
 def test_a_kept_head(ranks, mode, given):
     # Of a model that is sharded already it cannot be kept.
-    training = {"alignment_options": {"cache_kind": "hidden"}, "given": given}
+    training = {"alignment_options": {"reference": Reference(cache="hidden")}, "given": given}
     assert_same_as_one_process(ranks(2, runs.train, mode=mode, **training), **training)
 
 
@@ -277,7 +278,7 @@ def test_ranks_scale_fp16_alike(ranks):
         (runs.deepspeed_zero3, {}, r"ZeRO-3.*fully_shard"),
         (runs.deepspeed_zero2, {}, r"All 1 alignment gradients are None.*ZeRO"),
         (runs.ddp_of_a_part_of_the_ranks, {}, "process group of 1 of 2 ranks"),
-        (runs.with_cache_file, {}, "cache_file is given and there are 2 ranks"),
+        (runs.with_cache_file, {}, "file is given and there are 2 ranks"),
     ],
 )
 def test_all_ranks_raise_the_same(ranks, function, arguments, message):

@@ -5,7 +5,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.parallel import world_size
 from tests.support.models import perturb, safety_rows, tiny_peft, trainable
 from tests.support.parallel_models import full
@@ -28,7 +28,7 @@ def prepared(mode):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, fsdp_plugin=plugin)
     model = tiny_peft(torch.float32)
     perturb(model, 0.1)
-    alignment = KLAlignment(model, safety_rows(6), batch_size=2, resumed=True)
+    alignment = KLAlignment(model, safety_rows(6), batch_size=2, reference=Reference(resumed=True))
     optimizer = SafeGradOptimizer(torch.optim.SGD(trainable(model), lr=0.05, momentum=0.9), alignment)
     # Rows of one length: the mean over ranks of mean losses is then the mean over all tokens.
     rows = torch.cat([user_batch(step, part) for step in range(STEPS) for part in range(2)])

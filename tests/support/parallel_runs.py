@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safegrad_optim import KLAlignment, LossAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, LossAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.alignment import _base as alignment
 from safegrad_optim.optimizer import _optimizer as optimizer
 from tests.support.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
@@ -54,7 +54,7 @@ def build(
         # zero, relative to which any rounding is large.
         model = tiny_peft(dtype=dtype)
         perturb(model, 0.1)
-        settings |= {"resumed": True} if align == "kl" else {}
+        settings |= {"reference": Reference(resumed=True)} if align == "kl" else {}
     else:
         model = tiny_model(dtype=dtype, num_key_value_heads=2)
     inner = model
@@ -239,7 +239,7 @@ def alignment_is_not_finite_on_a_rank(mode):
     backward(model, rank, size)
     losses = wrapped.alignment._losses
     scale = float("nan") if dist.get_rank() == 1 else 1.0
-    wrapped.alignment._losses = lambda index: (loss * scale for loss in losses(index))
+    wrapped.alignment._losses = lambda index=None: (loss * scale for loss in losses(index))
     take_refused_step(model, wrapped)
 
 
@@ -328,7 +328,7 @@ def ddp_of_a_part_of_the_ranks():
 
 
 def with_cache_file():
-    KLAlignment(tiny_peft(), safety_rows(), cache_file="reference.safetensors")
+    KLAlignment(tiny_peft(), safety_rows(), reference=Reference(file="reference.safetensors"))
 
 
 def dies_before_the_step(dying):

@@ -6,7 +6,7 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 from safegrad_optim.parallel import world_size
 from tests.support.models import padded, safety_rows, tiny_model, tiny_peft, trainable
@@ -52,7 +52,7 @@ def train(folder, mode, kind, path, resume=None):
     options = {"rho": 1.0, "max_grad_norm": 1.0}
     if path == "factory":
         # Under DDP the Trainer has loaded the fine-tuned weights by then.
-        resumed = {"resumed": True} if resume and mode != "fsdp" else {}
+        resumed = {"reference": Reference(resumed=True)} if resume and mode != "fsdp" else {}
         made = safegrad_optimizer(args, safety_rows(6), batch_size=2, **options, **resumed)
         given = {"optimizer_cls_and_kwargs": made}
     else:
