@@ -2,12 +2,10 @@
 
 import inspect
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safegrad_optim.parallel import local
-from safegrad_optim.surgery import Gradients, check_gradients
+from safegrad_optim.surgery import Gradients, take_apart
 
 _REFUSED_OPTIONS = {
     "differentiable": "but surgery is not recorded by autograd. Build it with differentiable=False.",
@@ -22,6 +20,8 @@ class UnprotectedStepError(RuntimeError):
 
 def check_base(base: Optimizer) -> None:
     """Check that an optimizer can be wrapped; see `SafeGradOptimizer` for what is raised."""
+    if hasattr(base, "set_alignment_grad"):
+        raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"base_optimizer is a {type(base).__name__}, expected a torch.optim.Optimizer instance."
@@ -33,6 +33,27 @@ def check_base(base: Optimizer) -> None:
             "surgery. Use an optimizer whose step() takes no closure, such as AdamW."
         )
     check_groups(base)
+
+
+def check_alignment_option(alignment: object) -> None:
+    """Check what gives the alignment gradient."""
+    if alignment is not None and not callable(alignment):
+        raise TypeError(
+            f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment. "
+            "Give gradients to set_alignment_grad() instead."
+        )
+
+
+def check_max_grad_norm(norm: float | None) -> None:
+    """Check what the final gradient is clipped to."""
+    if norm is not None and not norm > 0.0:
+        raise ValueError(f"max_grad_norm is {norm}, expected a number > 0 or None.")
+
+
+def check_refresh_every(steps: int) -> None:
+    """Check how many steps an alignment gradient serves."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"refresh_every is {steps}, expected a whole number >= 1.")
 
 
 def check_groups(base: Optimizer) -> None:
@@ -47,26 +68,12 @@ def check_groups(base: Optimizer) -> None:
                 raise ValueError(f"{place} has {option}=True, {reason}")
 
 
-def check_alignment(parameters: list[Tensor], grads: list[Tensor | None]) -> None:
+def check_alignment(parameters: list[Tensor], grads: Gradients) -> None:
     """Check that alignment gradients fit the parameters and that there is one at all."""
-    check_gradients(parameters, grads)
+    take_apart(parameters, grads)
     if all(grad is None for grad in grads):
         raise ValueError(
             f"All {len(grads)} alignment gradients are None: the alignment loss does not depend on any "
             "parameter of this optimizer. Compute it with the model whose parameters are optimized; if "
             "DeepSpeed ZeRO has put others in their place, use FSDP2 instead."
         )
-
-
-def check_own_memory(user_grads: Gradients, alignment_grads: Gradients) -> None:
-    """Check that no alignment gradient is a view of the `.grad` that surgery overwrites."""
-    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
-        if user is None or alignment is None:
-            continue
-        user, alignment = local(user), local(alignment)
-        strided = user.layout == alignment.layout == torch.strided
-        if user is alignment or (strided and user.numel() > 0 and user.data_ptr() == alignment.data_ptr()):
-            raise UnprotectedStepError(
-                f"Alignment gradient {index} shares memory with .grad, so the two are one gradient. "
-                "Give tensors of its own, for example grad.clone()."
-            )

@@ -1,6 +1,14 @@
-"""What SafeGradOptimizer knows besides its base optimizer, and how that is saved with it."""
+"""All that SafeGradOptimizer has besides its base optimizer, in one object, and how that is saved."""
 
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from safegrad_optim.optimizer._gradients import AlignmentCallable, AlignmentGradients
+from safegrad_optim.surgery import ConstantRho, SurgeryStats
 
 OWN_STATE = "safegrad"
 """The key of `state_dict()` under which it is, and the prefix of its entries in a parameter group."""
@@ -19,17 +27,72 @@ class StepCounts(NamedTuple):
     """Steps without an alignment gradient, under `allow_unprotected=True`."""
 
 
-def as_numbers(own: dict[str, Any]) -> dict[str, float]:
+@dataclass
+class OwnState:
+    """Options, and how far the run has come.
+
+    It is changed in place and never replaced, so that whatever stands in for the optimizer shares it.
+    """
+
+    rho: ConstantRho
+    alignment: AlignmentCallable | None = None
+    max_grad_norm: float | None = None
+    refresh_every: int = 1
+    allow_unprotected: bool = False
+    gradients: AlignmentGradients = field(default_factory=AlignmentGradients)
+    stats: SurgeryStats | None = None
+    steps: int = 0
+    conflicts: Tensor | int = 0
+    negligible: Tensor | int = 0
+    unprotected: int = 0
+    ranks_agree: bool = False
+
+    @property
+    def counts(self) -> StepCounts:
+        """Number of steps so far by kind; reading it waits for the device."""
+        return StepCounts(self.steps, int(self.conflicts), int(self.negligible), self.unprotected)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        alignment: Any = self.alignment
+        saved = alignment.state_dict() if hasattr(alignment, "state_dict") else None
+        return {
+            "counts": list(self.counts),
+            **self.gradients.state_dict(),
+            **self.rho.state_dict(),
+            "alignment": saved,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: list[Tensor]) -> None:
+        """Go on where `state` was saved; an alignment or gradient that does not fit changes nothing."""
+        gradients = AlignmentGradients()
+        alignment: Any = self.alignment
+        gradients.load_state_dict(state, parameters)
+        if state["alignment"] is not None and hasattr(alignment, "load_state_dict"):
+            alignment.load_state_dict(state["alignment"])
+        self.gradients = gradients
+        # States of before have no rho.
+        if state.get("rho", self.rho.rho) != self.rho.rho:
+            warnings.warn(
+                f"The saved run has rho {state['rho']}, this optimizer {self.rho.rho}; it goes on with that "
+                "of the saved run. Set optimizer.rho after load_state_dict() to have another.",
+                stacklevel=3,
+            )
+        self.rho.load_state_dict({**self.rho.state_dict(), **state})
+        self.steps, self.conflicts, self.negligible, self.unprotected = state["counts"]
+
+
+def as_numbers(own: Mapping[str, Any]) -> dict[str, float]:
     """State of our own, less the gradient, as entries of a parameter group."""
-    numbers: dict[str, Any] = dict(zip(StepCounts._fields, own["counts"], strict=True))
+    numbers: dict[str, Any] = dict(zip(StepCounts._fields, own["counts"], strict=True)) | {"rho": own["rho"]}
     alignment = own["alignment"] or {}
     if all(isinstance(value, int | float) for value in alignment.values()):
         numbers |= alignment
     return {f"{OWN_STATE}_{name}": value for name, value in numbers.items()}
 
 
-def without_numbers(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Parameter groups as the base optimizer knows them, and our own entries."""
+def without_numbers(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Parameter groups as the base optimizer knows them, and our own state if they had entries of it."""
     prefix = f"{OWN_STATE}_"
     numbers = {
         key.removeprefix(prefix): value
@@ -38,13 +101,8 @@ def without_numbers(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
         if key.startswith(prefix)
     }
     bare = [{key: value for key, value in group.items() if not key.startswith(prefix)} for group in groups]
-    return bare, numbers
-
-
-def from_numbers(numbers: dict[str, float]) -> dict[str, Any] | None:
-    """State of our own from what `without_numbers` found; `None` if that is nothing."""
     if not numbers:
-        return None
-    counts = [numbers[name] for name in StepCounts._fields]
-    alignment = {name: value for name, value in numbers.items() if name not in StepCounts._fields}
-    return {"counts": counts, "pulled": None, "pulled_age": 0, "alignment": alignment or None}
+        return bare, None
+    own = {"counts": [numbers.pop(name) for name in StepCounts._fields], "pulled": None, "pulled_age": 0}
+    own |= {"rho": numbers.pop("rho")} if "rho" in numbers else {}
+    return bare, {**own, "alignment": numbers or None}

@@ -15,38 +15,36 @@ True
 from safegrad_optim.parallel._ddp import inner_module, own_leaves
 from safegrad_optim.parallel._fsdp import synchronized
 from safegrad_optim.parallel._ranks import (
-    copies,
     mean_over_ranks,
     on_any_rank,
     require_same,
     sum_of_shards,
     sum_over_ranks,
-    world_size,
 )
 from safegrad_optim.parallel._share import Share, share_of
 from safegrad_optim.parallel._tensors import (
+    Held,
     device_type,
+    held,
     is_distributed_tensor,
-    is_partial,
     local,
     placed_as,
-    placement,
     whole,
+    world_size,
 )
 
 __all__ = [
+    "Held",
     "Share",
-    "copies",
     "device_type",
+    "held",
     "inner_module",
     "is_distributed_tensor",
-    "is_partial",
     "local",
     "mean_over_ranks",
     "on_any_rank",
     "own_leaves",
     "placed_as",
-    "placement",
     "require_same",
     "share_of",
     "sum_of_shards",

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from safegrad_optim.parallel._ranks import world_size
-from safegrad_optim.parallel._tensors import is_distributed_tensor
+from safegrad_optim.parallel._tensors import is_distributed_tensor, world_size
 
 
 def inner_module(model: nn.Module) -> nn.Module:

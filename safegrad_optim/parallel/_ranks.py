@@ -3,7 +3,6 @@
 Ranks exchange a few scalars a step, and, where gradients are plain tensors, the alignment gradient itself.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,25 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from safegrad_optim.parallel._tensors import is_distributed_tensor, local
+from safegrad_optim.parallel._tensors import is_distributed_tensor, local, world_size
 
 # Elements averaged by one collective: bounds the fp32 copy of the gradient.
 _BUCKET = 1 << 26
-
-
-def world_size() -> int:
-    """Return the number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def copies(tensor: Tensor) -> int:
-    """Return how many ranks hold the same elements of a tensor as this one."""
-    if not is_distributed_tensor(tensor):
-        return world_size()
-    distributed: Any = tensor
-    mesh = distributed.device_mesh
-    replicated = (mesh.size(dim) for dim, p in enumerate(distributed.placements) if p.is_replicate())
-    return int(math.prod(replicated)) * world_size() // int(mesh.size())
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from safegrad_optim.parallel._fsdp import fsdp_groups, reshard
-from safegrad_optim.parallel._ranks import world_size
-from safegrad_optim.parallel._tensors import is_distributed_tensor
+from safegrad_optim.parallel._tensors import is_distributed_tensor, world_size
 
 
 class Share(NamedTuple):

@@ -1,13 +1,20 @@
-"""What a DTensor is to the rest of the library: the part a rank holds, and how it is placed.
+"""What a tensor is to a rank: the part that it holds, and how the tensor is placed.
 
 Nothing here gathers a parameter or a gradient.
 """
 
+import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_distributed_tensor(tensor: Tensor) -> bool:
@@ -41,12 +48,6 @@ def placement(tensor: Tensor) -> str:
     return f"{distributed.placements} on {tuple(distributed.device_mesh.shape)} ranks"
 
 
-def is_partial(tensor: Tensor) -> bool:
-    """Return whether the sum over ranks that makes a tensor is still pending."""
-    distributed: Any = tensor
-    return is_distributed_tensor(tensor) and any(placed.is_partial() for placed in distributed.placements)
-
-
 def placed_as(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
     """Return a gradient placed as its parameter: sums that tensor parallelism left pending are made."""
     if grad is None or not is_distributed_tensor(grad) or placement(grad) == placement(parameter):
@@ -62,3 +63,33 @@ def device_type(tensor: Tensor) -> str:
         return tensor.device.type
     distributed: Any = tensor
     return str(distributed.device_mesh.device_type)
+
+
+class Held(NamedTuple):
+    """What a rank holds of a tensor."""
+
+    local: Tensor
+    """Its part, in the same memory."""
+    placement: str
+    """How the tensor lies on the ranks, for comparison and for errors."""
+    copies: int
+    """How many ranks hold the same elements."""
+    is_sharded: bool
+    is_pending: bool
+    """Whether the sum over ranks that makes the tensor has not been made yet."""
+
+
+def held(tensor: Tensor) -> Held:
+    """Return what this rank holds of a tensor, and how the tensor is placed."""
+    if not is_distributed_tensor(tensor):
+        return Held(tensor, placement(tensor), world_size(), is_sharded=False, is_pending=False)
+    distributed: Any = tensor
+    mesh = distributed.device_mesh
+    replicated = (mesh.size(dim) for dim, p in enumerate(distributed.placements) if p.is_replicate())
+    return Held(
+        local(tensor),
+        placement(tensor),
+        int(math.prod(replicated)) * world_size() // int(mesh.size()),
+        is_sharded=True,
+        is_pending=any(placed.is_partial() for placed in distributed.placements),
+    )

@@ -11,24 +11,32 @@ the final gradient and the statistics of the step. With the sums of both lists a
 >>> final, bool(stats.conflict)
 ([tensor([0.5000, 3.0000])], True)
 
-Nothing here waits for a device, except that a CPU's coefficient is read as a number. Sharded gradients
-(DTensors) stay where they are: one all-reduce of four sums gives every rank the same decision.
+Nothing here waits for a device. Sums are accumulated in fp32 or better, and every gradient is rounded once.
+Sharded gradients (DTensors) stay where they are: each rank sums over its own part, each element is counted
+once, and one all-reduce of the sums gives every rank the same decision.
 
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
 """
 
-from safegrad_optim.surgery._checks import Gradients, check_gradients
-from safegrad_optim.surgery._combine import combine, combine_, project_conflicting
-from safegrad_optim.surgery._products import GradientProducts, inner_products
-from safegrad_optim.surgery._stats import SurgeryStats
+from safegrad_optim.surgery._coefficient import ConstantRho, decide
+from safegrad_optim.surgery._combine import combine, combine_, project_conflicting, update_
+from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
+from safegrad_optim.surgery._products import GradientProducts, inner_products, sums_of
+from safegrad_optim.surgery._stats import SurgeryStats, surgery_stats
 
 __all__ = [
+    "ConstantRho",
     "GradientProducts",
     "Gradients",
+    "Pairs",
     "SurgeryStats",
-    "check_gradients",
     "combine",
     "combine_",
+    "decide",
     "inner_products",
     "project_conflicting",
+    "sums_of",
+    "surgery_stats",
+    "take_apart",
+    "update_",
 ]

@@ -1,15 +1,4 @@
-"""Gradient surgery on lists of tensors: the math of SafeGrad and nothing else.
-
-With u the user gradient, a the alignment gradient, each the concatenation of all entries of its list,
-Eq. 4 and 5 of the paper are one formula with one scalar:
-
-    g = u + c a,    c = rho + max(0, -<u, a>) / ||a||^2
-
-Nothing here waits for a device to read a value back, so the functions may be used inside a training step
-on any device. Sums are accumulated in fp32 or better and every gradient is rounded once.
-
-Sharded gradients (DTensors) stay where they are: each rank sums over its own part, each element is counted
-once, and one all-reduce of the sums gives every rank the same decision.
+"""Eq. 4 and 5 of the paper on lists of tensors, in place or not.
 
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
 """
@@ -20,11 +9,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from safegrad_optim.parallel import local
-from safegrad_optim.surgery._blocks import Weighted, blocks, in_cache, widened_dtype
-from safegrad_optim.surgery._checks import Gradients
-from safegrad_optim.surgery._products import GradientProducts, inner_products, is_sharded
-from safegrad_optim.surgery._rounding import left_by_rounding
+from safegrad_optim.surgery._blocks import Weighted, blocks, in_cache
+from safegrad_optim.surgery._coefficient import ConstantRho, Decision, decide
+from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
+from safegrad_optim.surgery._products import GradientProducts, sums_of
 from safegrad_optim.surgery._stats import SurgeryStats, surgery_stats
 
 
@@ -44,7 +32,7 @@ def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> li
         New tensors with the dtypes of `user_grads`; `None` where the user gradient is `None`.
 
     Raises:
-        ValueError: the lists cannot be combined, see `check_gradients`.
+        ValueError: the lists cannot be combined, see `take_apart`.
     """
     projected, _ = combine(user_grads, alignment_grads, rho=0.0)
     return [None if user is None else gradient for user, gradient in zip(user_grads, projected, strict=True)]
@@ -97,41 +85,27 @@ def combine_(
     Raises:
         ValueError: `rho` is negative or not finite, or the lists cannot be combined.
     """
-    if not 0.0 <= rho < float("inf"):
-        raise ValueError(f"rho is {rho}, expected a finite number >= 0 (the paper uses 1).")
-    if products is None:
-        products = inner_products(user_grads, alignment_grads)
-    conflict, negligible, coefficient = _decide(products, rho)
+    rule = ConstantRho(rho)
+    gradients = take_apart(user_grads, alignment_grads)
+    products = sums_of(gradients) if products is None else products
+    decision = decide(products, rule(products))
+    return update_(gradients, decision), surgery_stats(products, decision)
 
-    final = [
-        alignment * rho if user is None and alignment is not None else user
-        for user, alignment in zip(user_grads, alignment_grads, strict=True)
+
+def update_(gradients: Pairs, decision: Decision) -> list[Tensor | None]:
+    """Make the user gradient the final one, in place, and return it as `combine_` does."""
+    _add_(
+        [
+            (user, alignment)
+            for user, alignment, _ in gradients.pairs
+            if user is not None and alignment is not None
+        ],
+        decision.coefficient,
+    )
+    return [
+        alignment * decision.rho if user is None and alignment is not None else user
+        for user, alignment in zip(gradients.user_grads, gradients.alignment_grads, strict=True)
     ]
-    pairs = [
-        (local(user), local(alignment))
-        for user, alignment in zip(user_grads, alignment_grads, strict=True)
-        if user is not None and alignment is not None
-    ]
-    narrow = [pair for pair in pairs if pair[0].dtype.to_real() != widened_dtype(pair[0].dtype)]
-    if narrow and is_sharded(user_grads, alignment_grads):
-        # What this rank can tell is its part, and the sum over ranks would be another all-reduce.
-        rounding = torch.full_like(coefficient, torch.nan)
-    else:
-        rounding = left_by_rounding(narrow, coefficient)
-    _add_(pairs, coefficient)
-    return final, surgery_stats(products, conflict, negligible, coefficient, rho, rounding)
-
-
-def _decide(products: GradientProducts, rho: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether the gradients conflict, whether g_align is noise, and c of g = g_user + c g_align."""
-    inner, shared_sq = products.inner_product, products.shared_alignment_sq_norm
-    # Relative to the user gradient, so that the decision does not depend on the scale of either loss.
-    # Not-greater instead of smaller: with two zero gradients the alignment gradient is negligible too.
-    negligible = ~(products.alignment_sq_norm > products.eps**2 * products.user_sq_norm)
-    conflict = (inner < 0) & ~negligible
-    divisor = torch.where(conflict, shared_sq, torch.ones_like(shared_sq))
-    removal = torch.where(conflict, -inner / divisor, torch.zeros_like(inner))
-    return conflict, negligible, rho + removal
 
 
 def _add_(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tensor) -> None:

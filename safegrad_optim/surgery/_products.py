@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safegrad_optim.parallel import copies, is_distributed_tensor, local, sum_over_ranks
-from safegrad_optim.surgery._blocks import Weighted, blocks, widened_dtype
-from safegrad_optim.surgery._checks import Gradients, check_gradients
+from safegrad_optim.parallel import sum_over_ranks
+from safegrad_optim.surgery._blocks import Weighted, blocks
+from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 
 
 class GradientProducts(NamedTuple):
@@ -22,7 +22,14 @@ class GradientProducts(NamedTuple):
     shared_alignment_sq_norm: Tensor
     """||g_align||^2 over the parameters that also have a user gradient."""
     eps: float
-    """Relative precision of the accumulation; an alignment gradient below it is noise."""
+    """Relative precision of the accumulation."""
+
+    @property
+    def negligible(self) -> Tensor:
+        """Whether g_align is zero or noise, ||g_align|| <= eps ||g_user||: a 0-dim bool tensor."""
+        # Relative to the user gradient, so that the decision does not depend on the scale of either loss.
+        # Not-greater instead of smaller: with two zero gradients the alignment gradient is negligible too.
+        return ~(self.alignment_sq_norm > self.eps**2 * self.user_sq_norm)
 
 
 @torch.no_grad()
@@ -41,10 +48,14 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
         The sums as 0-dim tensors on the device of the first gradient.
 
     Raises:
-        ValueError: the lists cannot be combined, see `check_gradients`.
+        ValueError: the lists cannot be combined, see `take_apart`.
     """
-    check_gradients(user_grads, alignment_grads)
-    sharded = is_sharded(user_grads, alignment_grads)
+    return sums_of(take_apart(user_grads, alignment_grads))
+
+
+@torch.no_grad()
+def sums_of(gradients: Pairs) -> GradientProducts:
+    """Compute the `inner_products` of two gradients that are taken apart already."""
     both: list[Weighted] = []
     user_only: list[Weighted] = []
     alignment_only: list[Weighted] = []
@@ -52,48 +63,40 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
     user_sq: list[Tensor] = []
     shared_sq: list[Tensor] = []
     other_sq: list[Tensor] = []
-    for index, (user, alignment) in enumerate(zip(user_grads, alignment_grads, strict=True)):
-        # Each rank that holds the same elements adds them up as well.
-        share = 1 / _held(user, alignment) if sharded else 1.0
-        user, alignment = _local(user), _local(alignment)
+    for index, (user, alignment, copies) in enumerate(gradients.pairs):
+        share = 1 / copies if gradients.is_sharded else 1.0
         if user is not None and alignment is not None:
             if user.layout != alignment.layout:
                 raise ValueError(
                     f"Gradient {index}: user-task layout {user.layout} != alignment layout "
                     f"{alignment.layout}. Build both with the same model."
                 )
-            both.append((dense(user, alignment), share))
+            both.append((_dense(user, alignment), share))
         elif user is not None:
-            user_only.append((dense(user), share))
+            user_only.append((_dense(user), share))
         elif alignment is not None:
-            alignment_only.append((dense(alignment), share))
+            alignment_only.append((_dense(alignment), share))
     for block in blocks(both):
         u, a = block.values
-        cross.append(dot(u, a, block.weight))
-        user_sq.append(dot(u, u, block.weight))
-        shared_sq.append(dot(a, a, block.weight))
+        cross.append(_dot(u, a, block.weight))
+        user_sq.append(_dot(u, u, block.weight))
+        shared_sq.append(_dot(a, a, block.weight))
     for squares, one_sided in ((user_sq, user_only), (other_sq, alignment_only)):
         for block in blocks(one_sided):
             (value,) = block.values
-            squares.append(dot(value, value, block.weight))
-    device = _device(user_grads, alignment_grads)
-    sums = torch.stack([total(values, device) for values in (cross, user_sq, shared_sq, other_sq)])
-    inner, user_total, shared, other = (sum_over_ranks(sums) if sharded else sums).unbind()
+            squares.append(_dot(value, value, block.weight))
+    sums = torch.stack([_total(values, gradients.device) for values in (cross, user_sq, shared_sq, other_sq)])
+    inner, user_total, shared, other = (sum_over_ranks(sums) if gradients.is_sharded else sums).unbind()
     return GradientProducts(
         inner_product=inner,
         user_sq_norm=user_total,
         alignment_sq_norm=shared + other,
         shared_alignment_sq_norm=shared,
-        eps=_eps(user_grads, alignment_grads),
+        eps=gradients.eps,
     )
 
 
-def is_sharded(*lists: Gradients) -> bool:
-    """Whether any gradient is a DTensor."""
-    return any(g is not None and is_distributed_tensor(g) for gradients in lists for g in gradients)
-
-
-def dense(*gradients: Tensor) -> tuple[Tensor, ...]:
+def _dense(*gradients: Tensor) -> tuple[Tensor, ...]:
     """Gradients as they are; sparse COO ones as values on the union of their indices, zero where missing."""
     if not gradients[0].is_sparse:
         return gradients
@@ -101,38 +104,15 @@ def dense(*gradients: Tensor) -> tuple[Tensor, ...]:
     return tuple((gradient + union).coalesce().values() for gradient in gradients)
 
 
-def dot(left: Tensor, right: Tensor, weight: float = 1.0) -> Tensor:
+def _dot(left: Tensor, right: Tensor, weight: float = 1.0) -> Tensor:
     """Inner product of two 1-D tensors, times a weight."""
     product = torch.dot(left, right)
     return product if weight == 1.0 else product.double() * weight
 
 
-def total(sums: list[Tensor], device: torch.device) -> Tensor:
+def _total(sums: list[Tensor], device: torch.device) -> Tensor:
     """Sum of 0-dim tensors from whatever devices, in fp64 where the device has it."""
     wide = torch.float32 if device.type == "mps" else torch.float64
     if not sums:
         return torch.zeros((), dtype=wide, device=device)
     return torch.stack([value.to(device) for value in sums]).to(wide).sum()
-
-
-def _held(user: Tensor | None, alignment: Tensor | None) -> int:
-    """How many ranks hold the elements of an entry that this one holds, and so add them up as well."""
-    gradient = alignment if user is None else user
-    return 1 if gradient is None else copies(gradient)
-
-
-def _local(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else local(gradient)
-
-
-def _device(*lists: Gradients) -> torch.device:
-    for gradients in lists:
-        for gradient in gradients:
-            if gradient is not None:
-                return gradient.device
-    return torch.device("cpu")
-
-
-def _eps(*lists: Gradients) -> float:
-    present = [g.dtype for gradients in lists for g in gradients if g is not None]
-    return max((torch.finfo(widened_dtype(dtype)).eps for dtype in present), default=0.0)

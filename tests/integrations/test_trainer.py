@@ -283,7 +283,7 @@ def test_a_step_reads_nothing_back_and_skipped_steps_are_counted(tmp_path):
     for _ in range(3):
         # Tensors without values: whatever reads one raises.
         nothing = torch.zeros((), dtype=torch.float64, device="meta")
-        trainer.optimizer._stats = SurgeryStats(*[nothing.clone() for _ in SurgeryStats._fields])
+        trainer.optimizer._own.stats = SurgeryStats(*[nothing.clone() for _ in SurgeryStats._fields])
         trainer.optimizer.alignment.last_loss = torch.zeros((), device="meta")
         callback.on_optimizer_step(args, trainer.state, trainer.control, optimizer=wrapped)
     with pytest.raises(NotImplementedError, match="meta"):

@@ -141,7 +141,7 @@ def test_fsdp_and_tensor_parallel(ranks, training):
     "training",
     [
         {"optimizer": "adamw", "max_grad_norm": 0.05},
-        {"alignment_options": {"cache": False, "micro_batch_size": 2}},
+        {"alignment_options": {"reference": Reference(cache=None), "micro_batch_size": 2}},
     ],
 )
 def test_adapters(ranks, size, mode, training):

@@ -185,7 +185,7 @@ def test_lists_datasets_and_files_give_the_same_rows(tmp_path):
 def test_alignment_takes_the_rows():
     rows = safety_rows([PAIR, LONGER], TOKENIZER)
     alignment = KLAlignment(tiny_peft(model=chat_model()), rows)
-    (batch,) = alignment.batches
+    (batch,) = alignment._sources[0].batches
     assert [labelled({"labels": labels}) for labels in batch["labels"].tolist()] == [
         f"{REFUSAL}<|im_end|>",
         f"{LONGER['response']}<|im_end|>",

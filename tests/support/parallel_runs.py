@@ -1,6 +1,7 @@
 """Training runs that are the same in one process and, parallel in some way, in several."""
 
 import contextlib
+import dataclasses
 import os
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from safegrad_optim import KLAlignment, LossAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.alignment import _base as alignment
-from safegrad_optim.optimizer import _optimizer as optimizer
+from safegrad_optim.optimizer import _step as surgery_step
 from tests.support.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
 from tests.support.parallel_models import full, parallel, sum_gradients, tensor_parallel, unreduced
 
@@ -54,7 +55,9 @@ def build(
         # zero, relative to which any rounding is large.
         model = tiny_peft(dtype=dtype)
         perturb(model, 0.1)
-        settings |= {"reference": Reference(resumed=True)} if align == "kl" else {}
+        if align == "kl":
+            reference = settings.get("reference", Reference())
+            settings["reference"] = dataclasses.replace(reference, resumed=True)
     else:
         model = tiny_model(dtype=dtype, num_key_value_heads=2)
     inner = model
@@ -116,14 +119,14 @@ def train(micro_batches=1, evaluated=False, summed=False, **options):
 
 def train_without_reduction(noticed, **options):
     """The classic bug: each rank projects on the gradient of its own safety rows."""
-    saved = alignment.mean_over_ranks, optimizer.require_same
+    saved = alignment.mean_over_ranks, surgery_step.require_same
     alignment.mean_over_ranks = lambda loss, parameters=(), grads=(): (loss, list(grads))
     if not noticed:
-        optimizer.require_same = lambda values, advice: None
+        surgery_step.require_same = lambda values, advice: None
     try:
         return train(**options)
     finally:
-        alignment.mean_over_ranks, optimizer.require_same = saved
+        alignment.mean_over_ranks, surgery_step.require_same = saved
 
 
 NOT_SENT = ("wait_tensor", "_wrap_tensor_autograd")

@@ -1,0 +1,119 @@
+"""The parts of a step: which parameters it moves, whether it may be taken, the surgery, and clipping."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safegrad_optim.optimizer._checks import UnprotectedStepError
+from safegrad_optim.optimizer._state import OwnState
+from safegrad_optim.parallel import is_distributed_tensor, local, on_any_rank, require_same
+from safegrad_optim.surgery import (
+    GradientProducts,
+    Gradients,
+    Pairs,
+    decide,
+    sums_of,
+    surgery_stats,
+    take_apart,
+    update_,
+)
+
+
+def trainable_parameters(base: Optimizer) -> list[Tensor]:
+    """Return the parameters that a step moves, in the order of groups.
+
+    Raises:
+        UnprotectedStepError: a frozen parameter has a gradient.
+    """
+    parameters = []
+    for index, group in enumerate(base.param_groups):
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameters.append(parameter)
+            elif parameter.grad is not None:
+                raise UnprotectedStepError(
+                    f"A frozen parameter of shape {tuple(parameter.shape)} in group {index} has a .grad, "
+                    "which the base optimizer would apply unprotected. Set its .grad to None."
+                )
+    return parameters
+
+
+def is_state_probe(base: Optimizer, user_grads: Gradients) -> bool:
+    """Whether torch.distributed.checkpoint is taking a null step to make the optimizer's state."""
+    if base.state or any(float(group.get("lr", 1.0)) != 0.0 for group in base.param_groups):
+        return False
+    present = [grad for grad in user_grads if grad is not None]
+    found = any(bool(local(grad).any()) for grad in present)
+    # Zeros in the part of one rank say nothing of the others, and all have to go one way.
+    return not (on_any_rank(found) if any(map(is_distributed_tensor, present)) else found)
+
+
+def operate_(
+    own: OwnState, parameters: list[Tensor], user_grads: Gradients, alignment_grads: Gradients
+) -> None:
+    """Make the `.grad` of the parameters the final gradient, and count the step by its kind.
+
+    Raises:
+        UnprotectedStepError: a gradient is not finite.
+        ValueError: the gradients do not fit, or ranks are about to take different steps.
+    """
+    gradients = take_apart(user_grads, alignment_grads)
+    products = _checked_sums(own, gradients)
+    decision = decide(products, own.rho(products))
+    stats = surgery_stats(products, decision)
+    for parameter, grad in zip(parameters, update_(gradients, decision), strict=True):
+        parameter.grad = grad
+    if own.max_grad_norm is not None:
+        _clip_(parameters, own.max_grad_norm, stats.final_norm.to(torch.float32))
+    own.stats = stats
+    own.conflicts = own.conflicts + stats.conflict.long()
+    own.negligible = own.negligible + stats.negligible.long()
+
+
+def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
+    products = sums_of(gradients)
+    # The only host read of a step: nothing may change before it is known to be protected.
+    read = torch.stack([*products[:3], products.negligible.to(products.inner_product)]).tolist()
+    inner, user_sq, alignment_sq, negligible = read
+    if not own.ranks_agree:
+        _require_agreement(own, user_sq, alignment_sq)
+        # A gradient that is zero on all ranks does not tell whether it is averaged over them.
+        own.ranks_agree = not negligible
+    if negligible or not all(map(math.isfinite, read)):
+        # Zero at the reference, where training starts: it must not serve further steps.
+        own.gradients.drop()
+    for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
+        if not math.isfinite(sq_norm):
+            raise UnprotectedStepError(
+                f"The {name} gradient is not finite (||g||^2 = {sq_norm}), so no conflict can be "
+                "told. Look for an overflow in its loss; zero_grad() and go on with the next batch."
+            )
+    if not math.isfinite(inner):
+        raise UnprotectedStepError(f"The inner product of user and alignment gradient overflows ({inner}).")
+    return products
+
+
+def _require_agreement(own: OwnState, user_sq: float, alignment_sq: float) -> None:
+    """Check that all ranks are about to take the same step; replicas would drift apart otherwise."""
+    require_same(
+        {
+            "rho": own.rho.rho,
+            "refresh_every": own.refresh_every,
+            "max_grad_norm": own.max_grad_norm,
+            "user gradients (by ||g||^2)": user_sq,
+            "alignment gradients (by ||g||^2)": alignment_sq,
+        },
+        "Give all ranks the same options, and gradients averaged over them: DistributedDataParallel "
+        "and KLAlignment average, what you compute yourself has to be all-reduced.",
+    )
+
+
+def _clip_(parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    # As torch.nn.utils.clip_grads_with_norm_, which cannot take sharded and plain gradients together.
+    factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = local(parameter.grad)
+            grad.mul_(factor.to(grad.device))

@@ -1,0 +1,92 @@
+"""Two gradient lists, checked and taken apart once: plain tensors from here on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safegrad_optim.parallel import Held, held
+from safegrad_optim.surgery._blocks import widened_dtype
+
+Gradients = Sequence[Tensor | None]
+
+
+class Pair(NamedTuple):
+    """What this rank holds of the two gradients of one parameter."""
+
+    user: Tensor | None
+    alignment: Tensor | None
+    copies: int
+    """How many ranks hold the same elements, and so add them up as well."""
+
+
+class Pairs(NamedTuple):
+    """Two gradient lists that can be combined."""
+
+    user_grads: Gradients
+    alignment_grads: Gradients
+    pairs: list[Pair]
+    is_sharded: bool
+    device: torch.device
+    """That of the first gradient."""
+    eps: float
+    """Relative precision of sums over the gradients."""
+
+
+def take_apart(user_grads: Gradients, alignment_grads: Gradients) -> Pairs:
+    """Check that two gradient lists can be combined entry by entry, and take them apart.
+
+    Args:
+        user_grads: gradients of the user's loss, `None` where a parameter has none.
+        alignment_grads: gradients of the alignment loss in the same order.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes, devices or placements differ, or a dtype has no gradients.
+        NotImplementedError: an entry is a DTensor whose sum over ranks is pending (`Partial`).
+    """
+    if len(user_grads) != len(alignment_grads):
+        raise ValueError(
+            f"{len(user_grads)} user-task gradients != {len(alignment_grads)} alignment gradients. "
+            "Build both from the same optimizer.param_groups."
+        )
+    pairs: list[Pair] = []
+    parts: list[tuple[Tensor, Held]] = []
+    for index, gradients in enumerate(zip(user_grads, alignment_grads, strict=True)):
+        own = [None if gradient is None else (gradient, held(gradient)) for gradient in gradients]
+        present = [part for part in own if part is not None]
+        _check(index, present)
+        user, alignment = (None if part is None else part[1].local for part in own)
+        pairs.append(Pair(user, alignment, present[0][1].copies if present else 1))
+        parts += present
+    return Pairs(
+        user_grads,
+        alignment_grads,
+        pairs,
+        is_sharded=any(part.is_sharded for _, part in parts),
+        device=parts[0][0].device if parts else torch.device("cpu"),
+        eps=max((torch.finfo(widened_dtype(gradient.dtype)).eps for gradient, _ in parts), default=0.0),
+    )
+
+
+def _check(index: int, gradients: list[tuple[Tensor, Held]]) -> None:
+    for gradient, part in gradients:
+        if part.is_pending:
+            raise NotImplementedError(
+                f"Gradient {index} is placed as {part.placement}: its sum over ranks is pending. "
+                "Redistribute it to the placements of its parameter."
+            )
+        if not (gradient.is_floating_point() or gradient.is_complex()):
+            raise ValueError(f"Gradient {index} has dtype {gradient.dtype}, expected a floating-point one.")
+    names = ("shape", "dtype", "device", "placement")
+    for what, *found in zip(names, *map(_traits, gradients), strict=True):
+        if found and found[0] != found[-1]:
+            raise ValueError(
+                f"Gradient {index}: user-task {what} {found[0]} != alignment {what} {found[-1]}. "
+                "Build both from the same optimizer.param_groups."
+            )
+
+
+def _traits(gradient: tuple[Tensor, Held]) -> tuple[object, ...]:
+    tensor, part = gradient
+    return tuple(tensor.shape), tensor.dtype, tensor.device, part.placement
