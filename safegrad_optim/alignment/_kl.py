@@ -16,8 +16,8 @@ from safegrad_optim.batches import Part, Positions, SafetyBatches
 from safegrad_optim.forward import autocast, unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
 from safegrad_optim.reference import (
+    CachedReference,
     LiveReference,
-    Reading,
     Reference,
     ReferenceCache,
     ReferenceSource,
@@ -136,7 +136,9 @@ class KLAlignment(Alignment):
         own = {name: getattr(options, name) for name in ("cache", "top_k", "resumed")}
         require_same(own | {"micro_batch_size": self.micro_batch_size}, "Give all ranks the same options.")
 
-    def _reading(self, options: Reference, origin: ReferenceSource, source: SafetySource) -> Reading:
+    def _reading(
+        self, options: Reference, origin: ReferenceSource, source: SafetySource
+    ) -> LiveReference | CachedReference:
         """The way to P_ref on one source of safety rows; computed here, before training changes the model."""
         live = LiveReference(origin, self.autocast_dtype)
         kind = None
@@ -151,7 +153,7 @@ class KLAlignment(Alignment):
             kind="logits" if kind is None else kind.label,
             autocast_dtype=self.autocast_dtype,
         )
-        reading: Reading = live
+        reading: LiveReference | CachedReference = live
         if kind is not None:
             parts = self._all_parts(source)
             reading, identity = cached_reference(options, kind, live, identity, parts)

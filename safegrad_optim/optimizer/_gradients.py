@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safegrad_optim._torch_private import version
 from safegrad_optim.optimizer._checks import UnprotectedStepError, check_alignment
 from safegrad_optim.parallel import local
 from safegrad_optim.surgery import Gradients
@@ -76,8 +77,8 @@ def _pull(parameters: list[Tensor], alignment: AlignmentCallable) -> list[Tensor
     before = [(parameter.grad, _version(parameter.grad)) for parameter in parameters]
     with torch.enable_grad():
         grads = list(alignment(parameters))
-    for index, (parameter, (grad, version)) in enumerate(zip(parameters, before, strict=True)):
-        if parameter.grad is not grad or _version(grad) != version:
+    for index, (parameter, (grad, written)) in enumerate(zip(parameters, before, strict=True)):
+        if parameter.grad is not grad or _version(grad) != written:
             raise UnprotectedStepError(
                 f"Computing the alignment gradient changed the user gradient of parameter {index}. "
                 f"{type(alignment).__name__} has to stash and restore .grad around backward()."
@@ -99,4 +100,4 @@ def _in_order(parameters: list[Tensor], grads: Mapping[Tensor, Tensor | None]) -
 
 
 def _version(grad: Tensor | None) -> int | None:
-    return None if grad is None else local(grad)._version
+    return None if grad is None else version(local(grad))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from safegrad_optim._torch_private import hooks_of, make_hook_registries
 from safegrad_optim.optimizer._checks import (
     UnprotectedStepError,
     check_alignment_option,
@@ -92,7 +93,7 @@ class SafeGradOptimizer(Optimizer):
         self.refresh_every = refresh_every
         self.allow_unprotected = allow_unprotected
         # Makes the hook registries; Optimizer.__init__ would replace the base's groups and state.
-        Optimizer.__setstate__(self, {})
+        make_hook_registries(self)
 
     # What the base owns is read from it at each use: load_state_dict replaces the objects, and FSDP2
     # swaps the parameters inside param_groups.
@@ -215,13 +216,13 @@ class SafeGradOptimizer(Optimizer):
         that still serves steps of `refresh_every`, and the `state_dict` of `alignment`. All but the
         gradient is in the first parameter group too, where torch.distributed.checkpoint keeps it.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+        for pre_hook in hooks_of(self, "state_dict_pre"):
             pre_hook(self)
         own = self._own.state_dict()
         state_dict = {**self.base_optimizer.state_dict(), OWN_STATE: own}
         first, *others = state_dict["param_groups"]
         state_dict["param_groups"] = [{**first, **as_numbers(own)}, *others]
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
+        for post_hook in hooks_of(self, "state_dict_post"):
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
@@ -234,7 +235,7 @@ class SafeGradOptimizer(Optimizer):
                 has changed then.
         """
         state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for pre_hook in hooks_of(self, "load_state_dict_pre"):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state_dict["param_groups"], numbers = without_numbers(state_dict["param_groups"])
@@ -243,7 +244,7 @@ class SafeGradOptimizer(Optimizer):
         if own is not None:
             self._own.load_state_dict(own, trainable_parameters(self.base_optimizer))
         self.base_optimizer.load_state_dict(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in hooks_of(self, "load_state_dict_post"):
             post_hook(self)
 
     def train(self) -> None:

@@ -15,25 +15,22 @@ Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07
 """
 
 from safegrad_optim.reference._cache import ReferenceCache
-from safegrad_optim.reference._fingerprint import Fingerprint, fingerprint
+from safegrad_optim.reference._fingerprint import fingerprint
 from safegrad_optim.reference._kind import choose_kind
 from safegrad_optim.reference._options import Reference
-from safegrad_optim.reference._reading import LiveReference, Reading, cached_reference
+from safegrad_optim.reference._reading import CachedReference, LiveReference, cached_reference
 from safegrad_optim.reference._source import ReferenceSource, reference_source
-from safegrad_optim.reference._top_k import TopK, top_k_kl_divergence, top_k_log_probs
+from safegrad_optim.reference._top_k import top_k_kl_divergence
 
 __all__ = [
-    "Fingerprint",
+    "CachedReference",
     "LiveReference",
-    "Reading",
     "Reference",
     "ReferenceCache",
     "ReferenceSource",
-    "TopK",
     "cached_reference",
     "choose_kind",
     "fingerprint",
     "reference_source",
     "top_k_kl_divergence",
-    "top_k_log_probs",
 ]

@@ -24,11 +24,7 @@ class ReferenceCache:
     """
 
     def __init__(
-        self,
-        entries: Sequence[tuple[Tensor, ...]],
-        kind: str,
-        precision: str,
-        head: tuple[Tensor, ...] = (),
+        self, entries: Sequence[tuple[Tensor, ...]], kind: str, precision: str, head: tuple[Tensor, ...] = ()
     ) -> None:
         self.entries = entries
         self.kind = kind
@@ -52,8 +48,7 @@ class ReferenceCache:
             for name, entry in named
             for part, tensor in enumerate(entry)
         }
-        own = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision}
-        metadata = {**own, **identity._asdict()}
+        metadata = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision, **identity._asdict()}
         try:
             save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
@@ -64,16 +59,9 @@ class ReferenceCache:
     def load(
         cls, path: Path, identity: Fingerprint, *, check_weights: bool
     ) -> tuple["ReferenceCache", Fingerprint]:
-        """Read a cache and check that it is the reference it is meant to be.
+        """Read a cache of a certain fingerprint, and return it with the fingerprint it was saved with.
 
-        Args:
-            path: the safetensors file.
-            identity: the fingerprint it has to have.
-            check_weights: whether the weights have to match as well; they cannot where the model
-                that gave the reference has been trained on.
-
-        Returns:
-            The cache and the fingerprint it was saved with.
+        The weights may differ where the model that gave the reference has been trained on.
 
         Raises:
             ValueError: the file is of other batches, precision, architecture or weights.

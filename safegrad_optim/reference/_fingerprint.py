@@ -34,16 +34,7 @@ def fingerprint(
     kind: str,
     autocast_dtype: torch.dtype | None,
 ) -> Fingerprint:
-    """Compute the fingerprint of the reference that these parameters give on these batches.
-
-    Args:
-        named_parameters: the reference's parameters, of any device; sharded ones have the fingerprint of
-            the whole, which takes one all-reduce.
-        batches: the safety batches in order.
-        positions: which tokens are compared.
-        kind: what is cached for each of them.
-        autocast_dtype: dtype of autocast, `None` for none.
-    """
+    """Compute the fingerprint of what a reference gives on these batches; of shards, in one all-reduce."""
     architecture, weights = hashlib.sha256(), hashlib.sha256()
     names, tensors = zip(*named_parameters, strict=True)
     for name, tensor in zip(names, tensors, strict=True):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from safegrad_optim.batches import Part
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.forward import (
+    FinalStates,
     Outputs,
     autocast,
     check_precision,
@@ -19,34 +19,22 @@ from safegrad_optim.forward import (
 from safegrad_optim.parallel import synchronized
 from safegrad_optim.reference._cache import ReferenceCache
 from safegrad_optim.reference._fingerprint import Fingerprint
-from safegrad_optim.reference._kind import Kind, head_weights
+from safegrad_optim.reference._kind import Kind, head_is_frozen, head_weights
 from safegrad_optim.reference._options import Reference
 from safegrad_optim.reference._source import ReferenceSource
-
-
-class Reading(Protocol):
-    """One way to P_ref."""
-
-    @property
-    def cache(self) -> ReferenceCache | None:
-        """What is kept of it."""
-        ...
-
-    def divergence(self, model: nn.Module, part: Part) -> Tensor:
-        """Return the sum of KL(P_ref || P_model) over the compared positions of a part."""
-        ...
 
 
 class LiveReference:
     """P_ref computed at each call."""
 
-    cache = None
+    cache: ReferenceCache | None = None
 
     def __init__(self, source: ReferenceSource, autocast_dtype: torch.dtype | None) -> None:
         self.source = source
         self.autocast_dtype = autocast_dtype
 
     def divergence(self, model: nn.Module, part: Part) -> Tensor:
+        """Return the sum of KL(P_ref || P_model) over the compared positions of a part."""
         reference = self.outputs(part)
         output = forward_at(model, part.inputs, part.mask)
         check_precision(reference.precision, output.precision)
@@ -74,29 +62,25 @@ class CachedReference:
         self.cache = cache
 
     def divergence(self, model: nn.Module, part: Part) -> Tensor:
+        """Return the sum of KL(P_ref || P_model) over the compared positions of a part."""
         # A copy, also on the CPU: where memory is mapped or cut it may be aligned in another way than where
         # it was computed, and kernels may then add in another order.
         entry = tuple(tensor[part.tokens].clone() for tensor in self.cache.entries[part.batch])
-        output = forward_at(model, part.inputs, part.mask, self.kind.states(model, entry, self.cache.head))
+        states = FinalStates(entry[0], self.cache.head) if self.kind.name == "hidden" else None
+        if states is not None and not states.head and not head_is_frozen(model):
+            raise ValueError(
+                "The output head became trainable after its reference was cached as hidden states. "
+                "Set requires_grad before building KLAlignment, which then keeps the head or logits."
+            )
+        output = forward_at(model, part.inputs, part.mask, states)
         check_precision(self.cache.precision, output.precision)
         return self.kind.divergence(entry, output.logits)
 
 
 def cached_reference(
-    options: Reference,
-    kind: Kind,
-    live: LiveReference,
-    identity: Fingerprint,
-    parts: Iterator[Part],
+    options: Reference, kind: Kind, live: LiveReference, identity: Fingerprint, parts: Iterator[Part]
 ) -> tuple[CachedReference, Fingerprint]:
-    """Read the reference from its file if there is one, else compute it, and keep it there.
-
-    Args:
-        options: says which file, and whether the model has been fine-tuned already.
-        kind: what is kept.
-        live: the reference to keep.
-        identity: the fingerprint of the reference.
-        parts: the parts of all safety batches that this rank computes.
+    """Read the reference from its file if there is one, else compute it on `parts`, and keep it there.
 
     Returns:
         The reference, and the fingerprint of what it was computed from.

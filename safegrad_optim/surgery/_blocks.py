@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
+
+from safegrad_optim._torch_private import copy_all_, unflattened
 
 # Gradients of one parameter, and the weight of their products.
 Weighted = tuple[tuple[Tensor, ...], float]
@@ -45,7 +46,7 @@ class Block(NamedTuple):
         """Give the values of the first gradient back to it, rounded to its dtype."""
         if self.parts:
             targets = [part[0] for part in self.parts]
-            torch._foreach_copy_(targets, _unflatten_dense_tensors(self.values[0], targets))
+            copy_all_(targets, unflattened(self.values[0], targets))
 
 
 def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
@@ -147,7 +148,7 @@ class _Scratch:
             if len(tensors) == 1:
                 value.view(tensors[0].shape).copy_(tensors[0])
             else:
-                torch._foreach_copy_(_unflatten_dense_tensors(value, tensors), tensors)
+                copy_all_(unflattened(value, tensors), tensors)
         return Block(values, weight, parts)
 
     def _new_rows(

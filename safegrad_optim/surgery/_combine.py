@@ -45,17 +45,7 @@ def combine(
 
     g = g'_user + rho g_align    (Eq. 5, g'_user as in `project_conflicting`)
 
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
-        rho: weight of the alignment gradient, >= 0.
-
-    Returns:
-        New tensors (`rho g_align` where there is no user gradient, `None` where there is neither)
-        and the statistics of the step.
-
-    Raises:
-        ValueError: `rho` is negative or not finite, or the lists cannot be combined.
+    Args and errors are those of `combine_`; the tensors returned are new.
     """
     copies = [None if user is None else user.clone() for user in user_grads]
     return combine_(copies, alignment_grads, rho)
@@ -69,6 +59,8 @@ def combine_(
     products: GradientProducts | None = None,
 ) -> tuple[list[Tensor | None], SurgeryStats]:
     """In-place twin of `combine`: the tensors of `user_grads` become the final gradient.
+
+    g = g_user + c g_align,  c = rho + max(0, -<g_user, g_align>) / ||g_align||^2    (Eq. 3 to 5)
 
     Extra memory is one block of each gradient, not a copy of it; `alignment_grads` is only read.
 
