@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from safegrad_optim._torch_private import buffers_of, is_compiled, version
 from safegrad_optim.batches import Batch
 from safegrad_optim.parallel import device_type, whole
 
@@ -133,7 +134,7 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: FinalStates |
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     """Run a compiled model as it was written: the hook is new in each call, and would recompile it."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if is_compiled(model):
         eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return eager
     return nullcontext()
@@ -162,9 +163,9 @@ def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
     """
     training = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
+        (module, name, buffer, version(buffer), buffer.clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_of(module).items()
         if buffer is not None
     ]
     devices = {parameter.device for parameter in model.parameters()}
@@ -179,9 +180,9 @@ def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
         for module, flag in training:
             module.training = flag
         with torch.no_grad():
-            for module, name, buffer, version, value in buffers:
-                module._buffers[name] = buffer
-                if buffer._version != version:
+            for module, name, buffer, before, value in buffers:
+                buffers_of(module)[name] = buffer
+                if version(buffer) != before:
                     buffer.copy_(value)
 
 

@@ -3,10 +3,16 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 import safegrad_optim
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_version_is_that_of_the_installed_package():
@@ -32,3 +38,23 @@ def test_a_copy_on_the_path_imports_without_installed_metadata(tmp_path):
     path, found = result.stdout.split()
     assert Path(path).is_relative_to(tmp_path)
     assert found == safegrad_optim.__version__
+
+
+def test_what_is_run_as_oldest_are_the_lower_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    imported = [Requirement(line) for line in [*project["dependencies"], *extras["transformers"]]]
+    others = [Requirement(line) for extra in extras.values() for line in extra]
+    bounds = {
+        requirement.name: Version(bound.version)
+        for requirement in [*others, *imported]
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+    pins = {}
+    for line in (ROOT / ".ci/oldest.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, _, pin = line.partition("==")
+            pins[name] = Version(pin)
+    assert pins == {name: bounds.get(name) for name in pins}
+    assert {requirement.name for requirement in imported} <= set(pins)

@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
 from safegrad_optim.alignment import Alignment, KLAlignment
 from safegrad_optim.batches import SafetyBatches
+from safegrad_optim.integrations._trainer import (
+    add_first,
+    add_to_last_log,
+    bare_optimizer,
+    base_optimizer,
+)
 from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
 
 __all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
@@ -84,7 +89,7 @@ class SafeGradFactory:
         alignment_options: dict[str, Any],
     ) -> SafeGradOptimizer:
         alignment = KLAlignment(model, safety_batches, **alignment_options)
-        return SafeGradOptimizer(_base_optimizer(model, args), alignment, **options)
+        return SafeGradOptimizer(base_optimizer(model, args), alignment, **options)
 
 
 class SafeGradCallback(TrainerCallback, ExportableState):
@@ -115,13 +120,12 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         `state.log_history`, but do not reach TensorBoard or Weights & Biases.
         `restore_callback_states_from_checkpoint=True` is not needed to resume, and moves it there too.
         """
-        trainer.callback_handler.callbacks.insert(0, self)
+        add_first(trainer, self)
         self._before_reporters = True
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         _refuse_deepspeed(args)
-        # Accelerate has wrapped it by now.
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        optimizer = bare_optimizer(kwargs["optimizer"])
         if not isinstance(optimizer, SafeGradOptimizer):
             raise UnprotectedStepError(
                 f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer: "
@@ -180,8 +184,7 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         metrics["skipped_steps"] = self._skipped
         metrics = {f"safegrad/{name}": value for name, value in metrics.items()}
         logs.update(metrics)
-        # The Trainer has put a copy of the logs there already.
-        state.log_history[-1].update(metrics)
+        add_to_last_log(state, metrics)
         self._clear()
 
     def state(self) -> dict[str, Any]:
@@ -193,15 +196,6 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         self._sums = torch.zeros(len(_FIELDS) + 1, dtype=torch.float64)
         self._steps = 0
         self._draws = 0
-
-
-def _base_optimizer(model: nn.Module, args: TrainingArguments) -> Optimizer:
-    # A Trainer with no more than its create_optimizer reads: parameter groups and options are then
-    # the Trainer's own, in every version of it.
-    trainer = Trainer.__new__(Trainer)
-    trainer.model, trainer.args = model, args
-    trainer.optimizer = trainer.optimizer_cls_and_kwargs = None
-    return trainer.create_optimizer()
 
 
 def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from safegrad_optim._torch_private import parameters_of
 from safegrad_optim.parallel._tensors import is_distributed_tensor, world_size
 
 
@@ -39,15 +40,15 @@ def own_leaves(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     places = []
     if world_size() > 1:
         for module in model.modules():
-            for name, parameter in module._parameters.items():
+            for name, parameter in parameters_of(module).items():
                 if parameter is None or not parameter.requires_grad or is_distributed_tensor(parameter):
                     continue
                 leaves.setdefault(parameter, nn.Parameter(parameter.detach()))
                 places.append((module, name, parameter))
     try:
         for module, name, parameter in places:
-            module._parameters[name] = leaves[parameter]  # type: ignore[assignment]
+            parameters_of(module)[name] = leaves[parameter]
         yield leaves
     finally:
         for module, name, parameter in places:
-            module._parameters[name] = parameter
+            parameters_of(module)[name] = parameter

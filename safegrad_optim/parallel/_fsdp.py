@@ -1,7 +1,8 @@
 """FSDP2: its private state, read and restored around an alignment pass.
 
 FSDP2 has setters for what is read and restored here, but no getters: what begins with an underscore is
-private to torch, and `tests/parallel/test_distributed.py` goes through all of it.
+private to torch, and `tests/parallel/test_distributed.py` goes through all of it; so is `mesh_info`. Seen in
+torch 2.8, the first with `gradient_divide_factor`, and 2.13.
 """
 
 import sys
@@ -17,13 +18,33 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
-def fsdp_groups(model: nn.Module) -> list[Any]:
+def _fsdp_groups(model: nn.Module) -> list[Any]:
     groups: list[Any] = []
     for module in _fsdp_modules(model):
         state = module._get_fsdp_state()
-        # Older torch has one group at most.
+        # torch 2.8 has one group at most.
         groups += getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
     return [group for group in groups if group is not None]
+
+
+def data_parallel_places(model: nn.Module) -> set[tuple[int, int]]:
+    """Return place and number of data-parallel ranks, one pair for each way in which the model is sharded.
+
+    Raises:
+        NotImplementedError: the model is replicated by composable `replicate`.
+    """
+    return {_place(group.mesh_info) for group in _fsdp_groups(model)}
+
+
+def _place(mesh_info: Any) -> tuple[int, int]:
+    if not hasattr(mesh_info, "shard_mesh_size"):
+        raise NotImplementedError(
+            "The model is replicated by torch's composable replicate(). Use DistributedDataParallel."
+        )
+    replicas = getattr(mesh_info, "replicate_mesh_size", 1)
+    replica = getattr(mesh_info, "replicate_mesh_rank", 0)
+    size = mesh_info.shard_mesh_size
+    return replica * size + mesh_info.shard_mesh_rank, replicas * size
 
 
 def reshard(model: nn.Module) -> None:
@@ -44,7 +65,7 @@ def synchronized(model: nn.Module) -> Iterator[None]:
         "all_reduce_grads": True,
         "gradient_divide_factor": None,
     }
-    groups = fsdp_groups(model)
+    groups = _fsdp_groups(model)
     for group in groups:
         if group._partial_reduce_output is not None or any(map(_is_pending, group.fsdp_params)):
             raise RuntimeError(

@@ -1,11 +1,11 @@
 """Which rows of a safety batch a rank computes, and which parallel models are refused."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import nn
 
-from safegrad_optim.parallel._fsdp import fsdp_groups, reshard
+from safegrad_optim.parallel._fsdp import data_parallel_places, reshard
 from safegrad_optim.parallel._tensors import is_distributed_tensor, world_size
 
 
@@ -27,7 +27,7 @@ def share_of(model: nn.Module) -> Share:
         return Share(0, 1)
     # Unsharded parameters do not tell how they are sharded.
     reshard(model)
-    shares = {_share_of_group(group) for group in fsdp_groups(model)}
+    shares = {Share(*place) for place in data_parallel_places(model)}
     sizes = {
         int(parameter.device_mesh.size())  # type: ignore[attr-defined]
         for parameter in model.parameters()
@@ -43,18 +43,6 @@ def share_of(model: nn.Module) -> Share:
     return Share(0, 1) if sizes else Share(dist.get_rank(), world_size())
 
 
-def _share_of_group(group: Any) -> Share:
-    """Place of this rank among the data-parallel ranks of an FSDP2 parameter group."""
-    info = group.mesh_info
-    if not hasattr(info, "shard_mesh_size"):
-        raise NotImplementedError(
-            "The model is replicated by torch's composable replicate(). Use DistributedDataParallel."
-        )
-    replicas = getattr(info, "replicate_mesh_size", 1)
-    replica = getattr(info, "replicate_mesh_rank", 0)
-    return Share(replica * info.shard_mesh_size + info.shard_mesh_rank, replicas * info.shard_mesh_size)
-
-
 def _refuse_unsupported(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
@@ -62,6 +50,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 "The model is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are flattened. "
                 "Use FSDP2: torch.distributed.fsdp.fully_shard."
             )
+    # DeepSpeed's mark on parameters in ZeRO-3; what was tested is a stand-in.
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise NotImplementedError(
             "The model is sharded by DeepSpeed ZeRO-3, which keeps gradients where no optimizer wrapper sees "

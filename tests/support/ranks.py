@@ -22,6 +22,8 @@ def _serve(rank, size, port, pipe):
 
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*is deprecated")
+    # As in pyproject.toml, of peft 0.18.
+    warnings.filterwarnings("ignore", message="Could not find a config file in  -")
     # Of tensor-parallel logits, in the user's own forward.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,0 +1,27 @@
+"""What PEFT's layers say of themselves and its documentation does not; seen in peft 0.18 and 0.21."""
+
+from torch import Tensor, nn
+
+
+def adapter_parameters(model: nn.Module) -> set[Tensor]:
+    """Return the parameters of all adapters in a model, of whatever kind.
+
+    `adapter_layer_names` of a `BaseTunerLayer` names its attributes that hold them.
+    """
+    found: set[Tensor] = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                found.update(part.parameters())
+            elif isinstance(part, nn.Parameter):
+                found.add(part)
+    return found
+
+
+def is_merged(module: nn.Module) -> bool:
+    """Return whether a module is a layer whose weights have an adapter added to them.
+
+    Other libraries' modules may have a `merged` too, therefore the first question.
+    """
+    return hasattr(module, "adapter_layer_names") and bool(getattr(module, "merged", False))

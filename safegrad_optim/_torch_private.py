@@ -1,0 +1,66 @@
+"""Names that torch does not document, each behind a function; all seen in torch 2.8 and 2.13.
+
+What is private to FSDP2 is in `parallel/_fsdp.py`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def version(tensor: Tensor) -> int:
+    """Return a count that each write to the memory of a tensor raises."""
+    return tensor._version
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own parameters by name, to be replaced by tensors of any kind."""
+    own: dict[str, Tensor | None] = module._parameters  # type: ignore[assignment]
+    return own
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers by name, to be replaced; also those that no state dict keeps."""
+    return module._buffers
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether hooks run before or after a module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is the result of `torch.compile(module)` or of `module.compile()`."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def unflattened(flat: Tensor, like: Tensors) -> Tensors:
+    """Return views of a 1-D tensor in the shapes of others, in one call; up to 2.8 empty ones are (0,)."""
+    views: Tensors = torch._utils._unflatten_dense_tensors(flat, like)
+    return views
+
+
+def copy_all_(targets: Tensors, sources: Tensors) -> None:
+    """Copy each source into its target, in few kernels."""
+    torch._foreach_copy_(targets, sources)
+
+
+def divide_all_(tensors: Tensors, divisor: float) -> None:
+    """Divide each tensor in place, in few kernels."""
+    torch._foreach_div_(tensors, divisor)
+
+
+def make_hook_registries(optimizer: Optimizer) -> None:
+    """Do for hooks what `Optimizer.__init__` would, without its parameter groups and state."""
+    Optimizer.__setstate__(optimizer, {})
+
+
+def hooks_of(optimizer: Optimizer, place: str) -> Iterable[Callable[..., Any]]:
+    """Return an optimizer's hooks of a place, such as `load_state_dict_pre`, in the order they run."""
+    registry: dict[int, Callable[..., Any]] = getattr(optimizer, f"_optimizer_{place}_hooks")
+    return registry.values()
