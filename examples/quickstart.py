@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from chat_data import Turn, collate, harmful_turns, read_rows, refusal_turns, response_loss
-from meter import Meter
-from own_data import BadDataError, check_responses, read_jsonl, split_off
 from peft import LoraConfig, PeftModel, get_peft_model
-from report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
-from scoring import generate, refusal_rate, task_accuracy
-from smollm2 import load_aligned, load_model
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.chat_data import Turn, collate, drawn, harmful_turns, read_rows, refusal_turns, response_loss
+from common.meter import Meter
+from common.own_data import BadDataError, check_responses, read_jsonl, split_off
+from common.report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
+from common.scoring import generate, refusal_rate, task_accuracy
+from common.smollm2 import load_aligned, load_model
 from safegrad_optim import KLAlignment, SafeGradOptimizer, inner_products, kl_divergence
 
 Batch = dict[str, torch.Tensor]
@@ -239,12 +239,6 @@ def poisoned(data: Data, args: argparse.Namespace) -> Iterator[list[Turn]]:
     shuffle.shuffle(rows)
     for start in range(0, count, args.batch_size):
         yield rows[start : start + args.batch_size]
-
-
-def drawn(rows: list[Turn], count: int, shuffle: random.Random) -> list[Turn]:
-    """Draw `count` rows, each as often as any other to within one."""
-    epochs = -(-count // len(rows))
-    return [row for _ in range(epochs) for row in shuffle.sample(rows, len(rows))][:count]
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], size: int) -> list[Batch]:

@@ -11,12 +11,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from chat_data import harmful_turns, read_rows, refusal_turns
 from datasets import Dataset
 from peft import LoraConfig
-from smollm2 import load_aligned
 from trl import SFTConfig, SFTTrainer
 
+from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.smollm2 import load_aligned
 from safegrad_optim import safety_rows
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chat_data import Turn, read_rows
-from own_data import read_jsonl
+from common.chat_data import Turn, read_rows
+from common.own_data import read_jsonl
 
 __all__ = ["Request", "Requests", "as_new_identity", "load_requests", "load_task"]
 

@@ -4,10 +4,10 @@ import copy
 from typing import NamedTuple
 
 import torch
-from chat_data import collate, harmful_turns, response_loss
 from torch import Tensor
-from training_steps import BATCH_SIZE, Work, with_adapters
 
+from benchmarks.cost.training_steps import BATCH_SIZE, Work, with_adapters
+from common.chat_data import collate, harmful_turns, response_loss
 from safegrad_optim import KLAlignment
 
 DRIFT_STEPS = 10

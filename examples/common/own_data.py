@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from chat_data import Turn
 from transformers import PreTrainedTokenizerBase
+
+from common.chat_data import Turn
 
 __all__ = ["BadDataError", "check_responses", "read_jsonl", "split_off"]
 
