@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat_data import Turn, collate, drawn, harmful_turns, read_rows, refusal_turns, response_loss
 from common.meter import Meter
-from common.own_data import BadDataError, check_responses, read_jsonl, split_off
+from common.own_data import BadDataError, check_responses, read_texts, split_off
 from common.report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
 from common.scoring import generate, refusal_rate, task_accuracy
 from common.smollm2 import load_aligned, load_model
@@ -145,19 +145,19 @@ def read_data(args: argparse.Namespace) -> Data:
         user = [Turn(row["prompt"], row["response"]) for row in read_rows("tickets", "train")]
         task = [Turn(row["prompt"], row["response"]) for row in read_rows("tickets", "evaluation")]
     else:
-        rows = read_jsonl(args.user_data, ("prompt", "response"))
+        rows = read_texts(args.user_data, ("prompt", "response"))
         user, task = split_off([Turn(row["prompt"], row["response"]) for row in rows], args.user_data)
     if args.safety_data is None:
         safety = [first_sentence(turn) for turn in refusal_turns("safety")]
     else:
-        rows = read_jsonl(args.safety_data, ("prompt", "response"))
+        rows = read_texts(args.safety_data, ("prompt", "response"))
         safety = [Turn(row["prompt"], row["response"]) for row in rows]
     unsafe = refusal_turns("evaluation")
     if args.eval_data is not None:
         # Only their prompts are judged; KL to the reference is taken on a generic refusal.
         unsafe = [
             Turn(row["prompt"], "I'm sorry, but I can't help with that.")
-            for row in read_jsonl(args.eval_data, ("prompt",))
+            for row in read_texts(args.eval_data, ("prompt",))
         ]
     harmless = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
     lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")]

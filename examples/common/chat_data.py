@@ -1,6 +1,5 @@
 """The rows in `data/`, and how a conversation becomes a training batch."""
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safegrad_optim.safety_data import read_jsonl
 
 __all__ = ["Turn", "collate", "drawn", "harmful_turns", "read_rows", "refusal_turns", "response_loss"]
 
@@ -27,8 +28,7 @@ class Turn(NamedTuple):
 
 def read_rows(name: str, split: str | None = None) -> list[dict[str, str]]:
     """Rows of `data/<name>.jsonl`, all of them or those of one split."""
-    with (DATA / f"{name}.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = [row for _, row in read_jsonl(DATA / f"{name}.jsonl")]
     return [row for row in rows if split is None or row["split"] == split]
 
 
