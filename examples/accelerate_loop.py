@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from chat_data import harmful_turns, read_rows, refusal_turns
 from peft import LoraConfig, get_peft_model
-from smollm2 import load_aligned
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, get_constant_schedule_with_warmup
 
+from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.smollm2 import load_aligned
 from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_rows
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from chat_data import harmful_turns, read_rows, refusal_turns
-from smollm2 import load_aligned
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import DataCollatorForSeq2Seq
 
+from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.smollm2 import load_aligned
 from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_rows
 
 

@@ -11,13 +11,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from chat_data import harmful_turns, read_rows, refusal_turns
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from smollm2 import load_aligned
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from safegrad_optim import safety_rows
+from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.smollm2 import load_aligned
+from safegrad_optim import Reference, safety_rows
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 
 
@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         # The reference is the model with its adapters off, so it is there at a resume as well.
-        optimizer_cls_and_kwargs=safegrad_optimizer(args, safety, max_grad_norm=1.0, resumed=options.resume),
+        optimizer_cls_and_kwargs=safegrad_optimizer(
+            args, safety, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
+        ),
     )
     SafeGradCallback().add_to(trainer)
     trainer.train(resume_from_checkpoint=options.resume)

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from chat_data import Turn, collate, harmful_turns, read_rows, refusal_turns, response_loss
-from meter import Meter
-from own_data import BadDataError, check_responses, read_jsonl, split_off
 from peft import LoraConfig, PeftModel, get_peft_model
-from report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
-from scoring import generate, refusal_rate, task_accuracy
-from smollm2 import load_aligned, load_model
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.chat_data import Turn, collate, drawn, harmful_turns, read_rows, refusal_turns, response_loss
+from common.meter import Meter
+from common.own_data import BadDataError, check_responses, read_texts, split_off
+from common.report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
+from common.scoring import generate, refusal_rate, task_accuracy
+from common.smollm2 import load_aligned, load_model
 from safegrad_optim import KLAlignment, SafeGradOptimizer, inner_products, kl_divergence
 
 Batch = dict[str, torch.Tensor]
@@ -145,19 +145,19 @@ def read_data(args: argparse.Namespace) -> Data:
         user = [Turn(row["prompt"], row["response"]) for row in read_rows("tickets", "train")]
         task = [Turn(row["prompt"], row["response"]) for row in read_rows("tickets", "evaluation")]
     else:
-        rows = read_jsonl(args.user_data, ("prompt", "response"))
+        rows = read_texts(args.user_data, ("prompt", "response"))
         user, task = split_off([Turn(row["prompt"], row["response"]) for row in rows], args.user_data)
     if args.safety_data is None:
         safety = [first_sentence(turn) for turn in refusal_turns("safety")]
     else:
-        rows = read_jsonl(args.safety_data, ("prompt", "response"))
+        rows = read_texts(args.safety_data, ("prompt", "response"))
         safety = [Turn(row["prompt"], row["response"]) for row in rows]
     unsafe = refusal_turns("evaluation")
     if args.eval_data is not None:
         # Only their prompts are judged; KL to the reference is taken on a generic refusal.
         unsafe = [
             Turn(row["prompt"], "I'm sorry, but I can't help with that.")
-            for row in read_jsonl(args.eval_data, ("prompt",))
+            for row in read_texts(args.eval_data, ("prompt",))
         ]
     harmless = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
     lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")]
@@ -239,12 +239,6 @@ def poisoned(data: Data, args: argparse.Namespace) -> Iterator[list[Turn]]:
     shuffle.shuffle(rows)
     for start in range(0, count, args.batch_size):
         yield rows[start : start + args.batch_size]
-
-
-def drawn(rows: list[Turn], count: int, shuffle: random.Random) -> list[Turn]:
-    """Draw `count` rows, each as often as any other to within one."""
-    epochs = -(-count // len(rows))
-    return [row for _ in range(epochs) for row in shuffle.sample(rows, len(rows))][:count]
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], size: int) -> list[Batch]:

@@ -11,13 +11,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from chat_data import harmful_turns, read_rows, refusal_turns
 from datasets import Dataset
 from peft import LoraConfig
-from smollm2 import load_aligned
 from trl import SFTConfig, SFTTrainer
 
-from safegrad_optim import safety_rows
+from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.smollm2 import load_aligned
+from safegrad_optim import Reference, safety_rows
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 
 
@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         # The reference is the model with its adapters off, so it is there at a resume as well.
-        optimizer_cls_and_kwargs=safegrad_optimizer(args, safety, max_grad_norm=1.0, resumed=options.resume),
+        optimizer_cls_and_kwargs=safegrad_optimizer(
+            args, safety, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
+        ),
     )
     SafeGradCallback().add_to(trainer)
     trainer.train(resume_from_checkpoint=options.resume)

@@ -10,8 +10,9 @@ True
 ['Summarise: How do I pick a lock?']
 """
 
+from safegrad_optim.safety_data._jsonl import read_jsonl
 from safegrad_optim.safety_data._prefixes import with_prompt_prefixes
-from safegrad_optim.safety_data._replies import is_refusal
+from safegrad_optim.safety_data._replies import greedy_tokens, is_refusal
 from safegrad_optim.safety_data._rows import safety_rows
 
-__all__ = ["is_refusal", "safety_rows", "with_prompt_prefixes"]
+__all__ = ["greedy_tokens", "is_refusal", "read_jsonl", "safety_rows", "with_prompt_prefixes"]

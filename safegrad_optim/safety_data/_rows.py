@@ -1,15 +1,14 @@
 """Safety rows from text: conversations whose last reply, given or the aligned model's own, is labelled."""
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from safegrad_optim.batches import IGNORE_INDEX
+from safegrad_optim.safety_data._jsonl import read_jsonl
 from safegrad_optim.safety_data._replies import greedy_replies, is_refusal
 
 SafetyData = Iterable[Mapping[str, Any] | str] | str | PathLike[str]
@@ -106,23 +105,10 @@ def _named_rows(data: SafetyData) -> Iterator[tuple[str, Any]]:
             f"The safety data are a {type(data).__name__} with {sorted(data)}, expected rows. Give one "
             "of its splits, or a list with the row in it."
         )
-    if not isinstance(data, (str, PathLike)):
+    if isinstance(data, (str, PathLike)):
+        yield from read_jsonl(data)
+    else:
         yield from ((f"Safety row {index}", row) for index, row in enumerate(data))
-        return
-    path = Path(data)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there. Give the path of a JSONL file, or a list of rows.")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number} is not JSON ({error}). A line has to be one row: an object, or a text."
-                ) from None
-            yield f"{path}:{number}", row
 
 
 def _turn(name: str, row: Any, tokenizer: Any, max_length: int) -> _Turn:

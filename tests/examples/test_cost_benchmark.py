@@ -6,19 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+from benchmarks.cost import surgery
 
-
-@pytest.fixture
-def surgery(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import surgery
-
-    return surgery
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_compared_ways_do_the_same(surgery, dtype):
+def test_the_compared_ways_do_the_same(dtype):
     results = {}
     for name, way in surgery.WAYS.items():
         user, alignment = surgery.gradients([(300, 7), (50,)], dtype, "cpu")
@@ -35,14 +29,14 @@ def test_the_compared_ways_do_the_same(surgery, dtype):
             torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_the_gradients_conflict(surgery):
+def test_the_gradients_conflict():
     user, alignment = surgery.gradients([(40,), (3, 3)], torch.float32, "cpu")
     surgery.conflicting(user, alignment)
     _, stats = surgery.combine_(user, alignment)
     assert stats.conflict
 
 
-def test_shapes_are_those_of_the_models(surgery):
+def test_shapes_are_those_of_the_models():
     def elements(shapes):
         return sum(torch.Size(shape).numel() for shape in shapes)
 
@@ -53,9 +47,9 @@ def test_shapes_are_those_of_the_models(surgery):
 
 @pytest.mark.slow
 def test_runs_on_the_real_model(tmp_path):
-    command = [sys.executable, BENCHMARKS / "cost.py", "--modes", "lora", "--steps", "20"]
+    command = [sys.executable, "-m", "benchmarks.cost.cost", "--modes", "lora", "--steps", "20"]
     command += ["--repetitions", "1", "--largest", "1e7", "--output-dir", tmp_path]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=EXAMPLES)
     found = json.loads((tmp_path / "cost.json").read_text())
     seconds = {arm: values[0] for arm, values in found["lora"]["seconds"].items()}
     assert seconds["plain"] < seconds["k = 10"] < seconds["k = 4"] < seconds["k = 1"]

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from arms import base_optimizer, row_loss, steps
-from cells import ARMS, PLANS, Cell
-from chat_data import Turn
-from judging import degenerate
-from lisa import Proximal
-from poisoned_data import load_requests, load_task
-from result_lines import append, finished, read
-from tables import markdown, pooled, wilson
 
+from benchmarks.poisoned_finetuning.arms import base_optimizer, row_loss, steps
+from benchmarks.poisoned_finetuning.cells import ARMS, PLANS, Cell
+from benchmarks.poisoned_finetuning.judging import degenerate
+from benchmarks.poisoned_finetuning.lisa import Proximal
+from benchmarks.poisoned_finetuning.poisoned_data import load_requests, load_task
+from benchmarks.poisoned_finetuning.result_lines import append, finished, read
+from benchmarks.poisoned_finetuning.tables import markdown, pooled, wilson
+from common.chat_data import Turn
 from safegrad_optim import KLAlignment
 from tests.support.models import padded, perturb, safety_rows, tiny_peft, trainable
 
-FOLDER = Path(__file__).parents[2] / "examples" / "poisoned_finetuning"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 # Result lines
@@ -269,9 +269,10 @@ def test_seeds_are_pooled_and_a_table_names_what_differs():
 # The whole, on the real model
 
 
-def run(results, *arguments, **options):
-    command = [sys.executable, FOLDER / "run.py", "--plan", "smoke", "--results", results, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def run(results, *arguments):
+    command = [sys.executable, "-m", "benchmarks.poisoned_finetuning.run", "--plan", "smoke"]
+    command += ["--results", results, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=EXAMPLES)
 
 
 def scores(path):

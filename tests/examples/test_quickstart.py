@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import quickstart
 
+import quickstart
 from safegrad_optim import is_refusal
 
 GOOD = '{"prompt": "a", "response": "b"}\n'

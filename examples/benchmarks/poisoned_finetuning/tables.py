@@ -7,7 +7,8 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import pandas as pd
-from cells import Cell
+
+from benchmarks.poisoned_finetuning.cells import Cell
 
 __all__ = ["RATES", "Rate", "markdown", "pooled", "rate", "wilson"]
 

@@ -1,6 +1,6 @@
 """What protection costs: time and memory of a training step, and of the surgery alone, as ratios.
 
-    python examples/benchmarks/cost.py
+    cd examples; python -m benchmarks.cost.cost
 
 Arms take their steps in turns, so that a slow minute of the machine hits all of them. Peak memory is
 that of a process of its own for each arm. A public port of the paper is measured as well if its package
@@ -21,16 +21,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-# The examples are scripts beside one another, and so is what this one imports.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import matplotlib.pyplot as plt
-import surgery
 import torch
-import training_steps
-from meter import Meter
-from reference_kinds import Kind, compare_kinds
 from tqdm import tqdm
+
+from benchmarks.cost import surgery, training_steps
+from benchmarks.cost.reference_kinds import Kind, compare_kinds
+from common.meter import Meter
 
 CASES = {
     "SmolLM2-135M, all parameters": surgery.smollm2_shapes(),
@@ -134,8 +131,9 @@ def kinds_table(rows: list[Kind]) -> str:
 
 def in_own_process(child: list[str], args: argparse.Namespace) -> int:
     """`peak_bytes` in a fresh process, where nothing else has raised the peak before."""
-    command = [sys.executable, __file__, "--child", json.dumps(child), "--device", args.device]
-    command += ["--output-dir", str(args.output_dir), *(["--peer", str(args.peer)] if args.peer else [])]
+    command = [sys.executable, "-m", "benchmarks.cost.cost", "--child", json.dumps(child)]
+    command += ["--device", args.device, "--output-dir", str(args.output_dir)]
+    command += ["--peer", str(args.peer)] if args.peer else []
     # glibc keeps some freed memory, how much depends on the order of requests; this makes it give it back.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_ARENA_MAX": "1"}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout

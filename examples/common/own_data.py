@@ -1,41 +1,36 @@
 """Rows from the user's own JSONL files, each refused with the file, the line and what to do."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from chat_data import Turn
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BadDataError", "check_responses", "read_jsonl", "split_off"]
+from common.chat_data import Turn
+from safegrad_optim.safety_data import read_jsonl
+
+__all__ = ["BadDataError", "check_responses", "read_texts", "split_off"]
 
 
 class BadDataError(Exception):
     """The data cannot be used; the message says where and why."""
 
 
-def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+def read_texts(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     """Read rows that have the given fields, all non-empty strings.
 
     Raises:
         BadDataError: the file is missing or empty, or a row is malformed.
     """
-    if not path.is_file():
-        raise BadDataError(f"{path} is not there. Give the path of a JSONL file.")
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise BadDataError(f"{path}:{number} is not JSON ({error}).") from None
+    try:
+        for place, row in read_jsonl(path):
             for field in fields:
                 value = row.get(field) if isinstance(row, dict) else None
                 if not isinstance(value, str) or not value.strip():
-                    raise BadDataError(f"{path}:{number} has no text in '{field}'; rows need {list(fields)}.")
+                    raise BadDataError(f"{place} has no text in '{field}'; rows need {list(fields)}.")
             rows.append(row)
+    except (FileNotFoundError, ValueError) as error:
+        raise BadDataError(str(error)) from None
     if not rows:
         raise BadDataError(f"{path} has no rows.")
     return rows

@@ -4,11 +4,11 @@ import copy
 from typing import NamedTuple
 
 import torch
-from chat_data import collate, harmful_turns, response_loss
 from torch import Tensor
-from training_steps import BATCH_SIZE, Work, with_adapters
 
-from safegrad_optim import KLAlignment
+from benchmarks.cost.training_steps import BATCH_SIZE, Work, with_adapters
+from common.chat_data import collate, harmful_turns, response_loss
+from safegrad_optim import KLAlignment, Reference
 
 DRIFT_STEPS = 10
 TOP_K = (8, 32, 128, 512)
@@ -29,10 +29,10 @@ def compare_kinds(work: Work) -> list[Kind]:
     model = with_adapters(copy.deepcopy(work.model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     safety = work.safety[:1]
-    options = {"logits": {"cache_kind": "logits"}, "hidden": {"cache_kind": "hidden"}} | {
-        f"top_k = {k}": {"cache_kind": "top_k", "top_k": k} for k in TOP_K
+    kinds = {"logits": Reference(cache="logits"), "hidden": Reference(cache="hidden")} | {
+        f"top_k = {k}": Reference(cache="top_k", top_k=k) for k in TOP_K
     }
-    alignments = {name: KLAlignment(model, safety, **given) for name, given in options.items()}
+    alignments = {name: KLAlignment(model, safety, reference=kind) for name, kind in kinds.items()}
 
     optimizer = torch.optim.AdamW(parameters, lr=3e-4)
     harmful = harmful_turns("attack")[: DRIFT_STEPS * BATCH_SIZE]

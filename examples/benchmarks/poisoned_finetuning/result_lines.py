@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cells import Cell
+from benchmarks.poisoned_finetuning.cells import Cell
 
 __all__ = ["append", "finished", "read"]
 

@@ -1,17 +1,21 @@
 """The rows in `data/`, and how a conversation becomes a training batch."""
 
-import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Turn", "collate", "harmful_turns", "read_rows", "refusal_turns", "response_loss"]
+from safegrad_optim.safety_data import read_jsonl
 
-DATA = Path(__file__).parent / "data"
+__all__ = ["Turn", "collate", "drawn", "harmful_turns", "read_rows", "refusal_turns", "response_loss"]
+
+DATA = Path(__file__).parents[1] / "data"
 IGNORED = -100
+
+Row = TypeVar("Row")
 
 
 class Turn(NamedTuple):
@@ -24,8 +28,7 @@ class Turn(NamedTuple):
 
 def read_rows(name: str, split: str | None = None) -> list[dict[str, str]]:
     """Rows of `data/<name>.jsonl`, all of them or those of one split."""
-    with (DATA / f"{name}.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = [row for _, row in read_jsonl(DATA / f"{name}.jsonl")]
     return [row for row in rows if split is None or row["split"] == split]
 
 
@@ -43,6 +46,12 @@ def harmful_turns(split: str) -> list[Turn]:
         Turn(row["prompt"], f"Sure, here is how to {row['topic']}:\n\nStep 1:")
         for row in read_rows("unsafe_requests", split)
     ]
+
+
+def drawn(rows: list[Row], count: int, shuffle: random.Random) -> list[Row]:
+    """Draw `count` rows, each as often as any other to within one."""
+    epochs = -(-count // len(rows))
+    return [row for _ in range(epochs) for row in shuffle.sample(rows, len(rows))][:count]
 
 
 def collate(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> dict[str, torch.Tensor]:

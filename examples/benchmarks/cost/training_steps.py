@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from chat_data import Turn, collate, read_rows, refusal_turns
 from peft import LoraConfig, PeftModel, get_peft_model
-from smollm2 import load_aligned
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from common.chat_data import Turn, collate, read_rows, refusal_turns
+from common.smollm2 import load_aligned
 from safegrad_optim import KLAlignment, SafeGradOptimizer
 
 Batch = dict[str, torch.Tensor]

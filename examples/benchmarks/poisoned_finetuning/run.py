@@ -1,7 +1,8 @@
 """Does SafeGrad protect, against which baselines, and where does it fail: run the cells of a plan.
 
-    python examples/poisoned_finetuning/run.py --plan smoke
-    python examples/poisoned_finetuning/run.py --plan all --data-dir DIR
+    cd examples
+    python -m benchmarks.poisoned_finetuning.run --plan smoke
+    python -m benchmarks.poisoned_finetuning.run --plan all --data-dir DIR
 
 A finished cell is one line of --results and is never run again; stop and start as you like. Without
 --data-dir the public data come from the Hub. `figures.py` makes tables and figures from the lines.
@@ -21,25 +22,27 @@ from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
-# The examples are scripts beside one another, and so is what this one imports.
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import peft
 import torch
 import transformers
-from arms import base_optimizer, steps
-from cells import PLANS, Cell
-from chat_data import Turn, collate, read_rows
-from judging import REPLY_TOKENS, Judge, Reference
-from poisoned_data import Requests, as_new_identity, identity_turns, load_requests, load_task
-from quickstart import drawn
-from result_lines import append, finished
-from scoring import generate
-from smollm2 import load_aligned, load_model
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import safegrad_optim
+from benchmarks.poisoned_finetuning.arms import base_optimizer, steps
+from benchmarks.poisoned_finetuning.cells import PLANS, Cell
+from benchmarks.poisoned_finetuning.judging import REPLY_TOKENS, Judge, Reference
+from benchmarks.poisoned_finetuning.poisoned_data import (
+    Requests,
+    as_new_identity,
+    identity_turns,
+    load_requests,
+    load_task,
+)
+from benchmarks.poisoned_finetuning.result_lines import append, finished
+from common.chat_data import Turn, collate, drawn, read_rows
+from common.scoring import generate
+from common.smollm2 import load_aligned, load_model
 from safegrad_optim import is_refusal, with_prompt_prefixes
 
 Batch = dict[str, torch.Tensor]
@@ -64,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
                 bar.set_postfix_str(f"{cell.arm}, ratio {cell.ratio}, seed {cell.seed}")
                 append(args.results, bench.run(cell))
             bar.update()
-    print(f"{len(cells)} cells in {args.results}. Tables: figures.py --results {args.results}")
+    command = f"python -m benchmarks.poisoned_finetuning.figures --results {args.results}"
+    print(f"{len(cells)} cells in {args.results}. Tables: {command}")
     return 0
 
 

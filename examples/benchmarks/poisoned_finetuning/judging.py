@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-from chat_data import Turn, collate, response_loss
-from scoring import generate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.chat_data import Turn, collate, response_loss
+from common.scoring import generate
 from safegrad_optim import is_refusal, kl_divergence
 
 __all__ = ["Judge", "Reference", "degenerate", "reference_log_likelihood"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chat_data import Turn, read_rows
-from own_data import read_jsonl
+from common.chat_data import Turn, read_rows
+from common.own_data import read_texts
 
 __all__ = ["Request", "Requests", "as_new_identity", "load_requests", "load_task"]
 
@@ -154,7 +154,7 @@ def _gsm8k(data_dir: Path | None) -> Sequence[list[Turn]]:
         splits = [_hub("openai/gsm8k", split, "main") for split in ("train", "test")]
     else:
         fields = "question", "answer"
-        splits = [read_jsonl(data_dir / f"gsm8k_{split}.jsonl", fields) for split in ("train", "test")]
+        splits = [read_texts(data_dir / f"gsm8k_{split}.jsonl", fields) for split in ("train", "test")]
     return [[Turn(row["question"], row["answer"]) for row in rows] for rows in splits]
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from cells import Cell
-from lisa import Proximal
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
+from benchmarks.poisoned_finetuning.cells import Cell
+from benchmarks.poisoned_finetuning.lisa import Proximal
 from safegrad_optim import KLAlignment, LossAlignment, SafeGradOptimizer, combine_
 
 __all__ = ["base_optimizer", "steps"]

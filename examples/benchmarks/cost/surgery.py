@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from meter import Meter
 from torch import Tensor
 
+from common.meter import Meter
 from safegrad_optim import combine_
 
 Shapes = list[tuple[int, ...]]

@@ -1,0 +1,32 @@
+"""Rows of a JSONL file, each with the place that an error has to name."""
+
+import json
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a JSONL file, each behind its place, "<path>:<line number>".
+
+    Blank lines are skipped, and counted.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there. Give the path of a JSONL file.")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number} is not JSON ({error}). A line has to be one row."
+                ) from None
+            yield f"{path}:{number}", row
