@@ -8,18 +8,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = [
-    "IGNORE_INDEX",
-    "Batch",
-    "BatchOrder",
-    "Part",
-    "Positions",
-    "SafetyBatches",
-    "as_batches",
-    "contents_digest",
-    "position_mask",
-]
-
 IGNORE_INDEX = -100
 Positions = Literal["response", "all"]
 
@@ -52,11 +40,8 @@ def as_batches(
 ) -> list[Batch]:
     """Return safety batches as a list of right-padded model inputs, each checked.
 
-    Args:
-        safety_batches: batches of 2-D `input_ids` and `labels` (a list, a DataLoader, or one batch),
-            or single 1-D rows (a list or a Dataset), which are grouped by `batch_size` in their order.
-        positions: which tokens the alignment loss compares.
-        batch_size: rows to a batch, for single rows only.
+    They are batches of 2-D `input_ids` and `labels` (a list, a DataLoader, or one batch), or single 1-D
+    rows (a list or a Dataset), which are grouped by `batch_size` in their order.
 
     Raises:
         ValueError: there is no batch, or one lacks `labels`, has odd shapes, or no response token;
@@ -101,17 +86,14 @@ def contents_digest(batches: list[Batch], positions: Positions) -> str:
     for batch in batches:
         for name in sorted(batch):
             contents.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}\n".encode())
-            contents.update(_bytes(batch[name]))
+            # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
+            tensor = batch[name].contiguous()
+            contents.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
     return contents.hexdigest()
 
 
 class BatchOrder:
-    """Endless order over `count` batches: each epoch a new permutation, a function of the seed alone.
-
-    Args:
-        count: number of batches.
-        seed: seed of the permutations.
-    """
+    """Endless order over `count` batches: each epoch a new permutation, a function of the seed alone."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count = count
@@ -133,11 +115,7 @@ class BatchOrder:
         return {"count": self.count, "seed": self.seed, "taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was saved.
-
-        Raises:
-            ValueError: the state is of another number of batches or another seed.
-        """
+        """Go on where `state` was saved, with as many batches and the same seed."""
         for key, own in (("count", self.count), ("seed", self.seed)):
             if state[key] != own:
                 raise ValueError(
@@ -196,9 +174,3 @@ def _check(batch: Batch, index: int, positions: Positions) -> None:
             f"{IGNORE_INDEX}. Label the response tokens with their ids; check that truncation has "
             "not cut the responses away."
         )
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    tensor = tensor.detach().cpu().contiguous()
-    # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)

@@ -15,17 +15,6 @@ from safegrad_optim._torch_private import buffers_of, is_compiled, version
 from safegrad_optim.batches import Batch
 from safegrad_optim.parallel import device_type, whole
 
-__all__ = [
-    "FinalStates",
-    "Outputs",
-    "autocast",
-    "check_precision",
-    "device_type_of",
-    "forward_at",
-    "output_head",
-    "unchanged_evaluation",
-]
-
 
 class Outputs(NamedTuple):
     """What a model gives at the kept positions of a batch."""

@@ -35,27 +35,6 @@ def check_base(base: Optimizer) -> None:
     check_groups(base)
 
 
-def check_alignment_option(alignment: object) -> None:
-    """Check what gives the alignment gradient."""
-    if alignment is not None and not callable(alignment):
-        raise TypeError(
-            f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment. "
-            "Give gradients to set_alignment_grad() instead."
-        )
-
-
-def check_max_grad_norm(norm: float | None) -> None:
-    """Check what the final gradient is clipped to."""
-    if norm is not None and not norm > 0.0:
-        raise ValueError(f"max_grad_norm is {norm}, expected a number > 0 or None.")
-
-
-def check_refresh_every(steps: int) -> None:
-    """Check how many steps an alignment gradient serves."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"refresh_every is {steps}, expected a whole number >= 1.")
-
-
 def check_groups(base: Optimizer) -> None:
     """Check that no option of an optimizer or of its groups undoes the surgery."""
     # Optimizers of pytorch_optimizer keep maximize on themselves.

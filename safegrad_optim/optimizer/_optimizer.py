@@ -1,46 +1,25 @@
 """SafeGradOptimizer: any torch optimizer, with gradient surgery inside its step."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from safegrad_optim._torch_private import hooks_of, make_hook_registries
-from safegrad_optim.optimizer._checks import (
-    UnprotectedStepError,
+from safegrad_optim.optimizer._checks import UnprotectedStepError, check_base, check_groups
+from safegrad_optim.optimizer._gradients import AlignmentCallable
+from safegrad_optim.optimizer._option import (
+    Option,
     check_alignment_option,
-    check_base,
-    check_groups,
     check_max_grad_norm,
     check_refresh_every,
 )
-from safegrad_optim.optimizer._gradients import AlignmentCallable
 from safegrad_optim.optimizer._state import OWN_STATE, OwnState, StepCounts, as_numbers, without_numbers
 from safegrad_optim.optimizer._step import is_state_probe, operate_, trainable_parameters
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
 from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats
-
-T = TypeVar("T")
-
-
-class _Option(Generic[T]):
-    """An option that is checked whenever it is set, and kept in the optimizer's one object of state."""
-
-    def __init__(self, check: Callable[[T], None]) -> None:
-        self._check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, optimizer: "SafeGradOptimizer", owner: type) -> T:
-        value: T = getattr(optimizer._own, self._name)
-        return value
-
-    def __set__(self, optimizer: "SafeGradOptimizer", value: T) -> None:
-        self._check(value)
-        setattr(optimizer._own, self._name, value)
 
 
 class SafeGradOptimizer(Optimizer):
@@ -70,10 +49,10 @@ class SafeGradOptimizer(Optimizer):
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
     """
 
-    alignment = _Option[AlignmentCallable | None](check_alignment_option)
-    max_grad_norm = _Option[float | None](check_max_grad_norm)
-    refresh_every = _Option[int](check_refresh_every)
-    allow_unprotected = _Option[bool](lambda value: None)
+    alignment = Option[AlignmentCallable | None](check_alignment_option)
+    max_grad_norm = Option[float | None](check_max_grad_norm)
+    refresh_every = Option[int](check_refresh_every)
+    allow_unprotected = Option[bool](lambda value: None)
 
     def __init__(
         self,
