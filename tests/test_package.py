@@ -1,5 +1,7 @@
 """The package as it is found: installed, or a copy on the path."""
 
+import doctest
+import importlib
 import shutil
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -58,3 +61,13 @@ def test_what_is_run_as_oldest_are_the_lower_bounds():
             pins[name] = Version(pin)
     assert pins == {name: bounds.get(name) for name in pins}
     assert {requirement.name for requirement in imported} <= set(pins)
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["alignment", "optimizer", "parallel", "reference", "safety_data", "surgery"],
+)
+def test_the_example_of_each_package_runs(package):
+    found = doctest.testmod(importlib.import_module(f"safegrad_optim.{package}"))
+    assert found.attempted > 0
+    assert found.failed == 0
