@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -227,7 +228,7 @@ def fine_tune(
     # A sample: the reference's logits for all held-out refusals would be most of the peak memory.
     held_out = batches(tokenizer, data.unsafe[:32], args.batch_size)
     arm.kl_to_reference = kl_to_reference(peft_model, held_out, args.device)
-    return arm, peft_model.unload()
+    return arm, cast(PreTrainedModel, peft_model.unload())
 
 
 def poisoned(data: Data, args: argparse.Namespace) -> Iterator[list[Turn]]:
@@ -268,9 +269,9 @@ def to_device(batch: Batch, device: str) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def observation(parameters: list[torch.Tensor], alignment: KLAlignment) -> tuple[float, float]:
+def observation(parameters: list[nn.Parameter], alignment: KLAlignment) -> tuple[float, float]:
     """Cosine of user and alignment gradient, and KL, of a step that SafeGrad does not touch."""
-    products = inner_products([parameter.grad for parameter in parameters], alignment(parameters))
+    products = inner_products([parameter.grad for parameter in parameters], alignment([*parameters]))
     norms = (products.user_sq_norm * products.alignment_sq_norm).sqrt()
     return float(products.inner_product / norms) if norms > 0 else 0.0, float(alignment.last_loss)
 

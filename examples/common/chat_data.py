@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from safegrad_optim.safety_data import read_jsonl
 
@@ -90,7 +91,7 @@ def collate(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> dict[s
     return batch
 
 
-def response_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def response_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The `model(**batch).loss` of a batch, without logits where no row has a response.
 
     Args:
@@ -104,4 +105,4 @@ def response_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tor
     columns = (batch["labels"] != IGNORED).any(dim=0).nonzero().squeeze(1)
     # Logits at a position predict the next token. With this vocabulary they are a good part of a step.
     logits = model(**inputs, logits_to_keep=columns - 1).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, columns].flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, columns].flatten())

@@ -11,6 +11,7 @@ import argparse
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -77,7 +78,7 @@ def main() -> None:
     refusals = refusal_turns("safety") + refusal_turns("attack")
 
     aligned = align(model, tokenizer, refusals, benign, args.steps, args.seed)
-    config = aligned.peft_config["default"]
+    config: Any = aligned.peft_config["default"]
     # Scaled up, the same adapter refuses with a margin: no held-out request is left at the edge.
     config.lora_alpha = SAVED_ALPHA
     # Also the name that is saved: without it, the path of this machine's cache would be.

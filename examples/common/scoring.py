@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from safegrad_optim.safety_data import greedy_tokens, is_refusal
 
@@ -12,7 +13,7 @@ BATCH_SIZE = 128
 
 
 def refusal_rate(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int = 12,
@@ -36,7 +37,7 @@ def refusal_rate(
 
 
 def task_accuracy(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     answers: Sequence[str],
@@ -61,7 +62,7 @@ def task_accuracy(
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy replies to user messages, each in a conversation of its own.
 

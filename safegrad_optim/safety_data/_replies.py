@@ -120,7 +120,7 @@ def _shown(starts: range, text: str | None) -> Iterable[int]:
     if text is None:
         return starts
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError:
         return starts
     progress: Iterable[int] = tqdm(starts, desc=text, unit="batch")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.cost import surgery
+from safegrad_optim import combine_
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -32,7 +33,7 @@ def test_the_compared_ways_do_the_same(dtype):
 def test_the_gradients_conflict():
     user, alignment = surgery.gradients([(40,), (3, 3)], torch.float32, "cpu")
     surgery.conflicting(user, alignment)
-    _, stats = surgery.combine_(user, alignment)
+    _, stats = combine_(user, alignment)
     assert stats.conflict
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import quickstart
+from common.chat_data import read_rows
 from safegrad_optim import is_refusal
 
 GOOD = '{"prompt": "a", "response": "b"}\n'
@@ -14,7 +15,7 @@ GOOD = '{"prompt": "a", "response": "b"}\n'
 def run(capsys):
     def run(*arguments):
         try:
-            code = quickstart.main([str(argument) for argument in arguments])
+            code: object = quickstart.main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code
         return code, capsys.readouterr()
@@ -66,7 +67,7 @@ def test_a_bad_option_is_named_and_exit_code_2(run, arguments, message):
 
 @pytest.mark.parametrize("name", ["evaluation", "attack", "safety"])
 def test_every_split_of_the_data_is_disjoint_and_complete(name):
-    rows = quickstart.read_rows("unsafe_requests")
+    rows = read_rows("unsafe_requests")
     own = {row["prompt"] for row in rows if row["split"] == name}
     others = {row["prompt"] for row in rows if row["split"] != name}
     assert len(own) == 96
@@ -77,7 +78,7 @@ def test_every_split_of_the_data_is_disjoint_and_complete(name):
 def test_runs_on_the_real_model(run, tmp_path):
     # A few safety rows: answering and caching all of them would be most of this test's time.
     safety = tmp_path / "safety.jsonl"
-    rows = quickstart.read_rows("unsafe_requests", "safety")[:6]
+    rows = read_rows("unsafe_requests", "safety")[:6]
     safety.write_text(
         "".join(json.dumps({"prompt": r["prompt"], "response": r["refusal"]}) + "\n" for r in rows)
     )

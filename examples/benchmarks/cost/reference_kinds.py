@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 def compare_kinds(work: Work) -> list[Kind]:
     """Let the model drift by plain steps on harmful rows, and compare the kinds on one safety batch."""
     model = with_adapters(copy.deepcopy(work.model))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     safety = work.safety[:1]
     kinds = {"logits": Reference(cache="logits"), "hidden": Reference(cache="hidden")} | {
         f"top_k = {k}": Reference(cache="top_k", top_k=k) for k in TOP_K

@@ -7,6 +7,7 @@ and one is written, 5 moves of n elements; it is taken from the time of a plain 
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -33,7 +34,7 @@ class Timing(NamedTuple):
 
 def llama_lora_shapes() -> Shapes:
     """Adapters of Llama-3-8B, r = 8 on q, k and v: 192 tensors."""
-    per_layer = [(8, 4096), (4096, 8), (8, 4096), (1024, 8), (8, 4096), (1024, 8)]
+    per_layer: Shapes = [(8, 4096), (4096, 8), (8, 4096), (1024, 8), (8, 4096), (1024, 8)]
     return per_layer * 32
 
 
@@ -121,7 +122,7 @@ def compare(
                 value = floor_scale * seconds(lambda: target.copy_(source), device)
             else:
                 conflicting(user, alignment)
-                value = seconds(lambda way=WAYS[name]: way(user, alignment), device)
+                value = seconds(partial(WAYS[name], user, alignment), device)
             if repetition > 0:  # the first warms up
                 values.append(value)
     return {name: Timing(statistics.median(v), min(v), max(v)) for name, v in spent.items()}

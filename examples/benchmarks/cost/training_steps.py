@@ -72,7 +72,8 @@ def prepare(mode: str, device: str, dtype: torch.dtype) -> Work:
         ]
         for rows in (shuffle.sample(messages, len(messages)), shuffle.sample(refusals, len(refusals)))
     )
-    return Work(model.to(device), tokenizer, user, safety, device, mode)
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of it has lost its types
+    return Work(model, tokenizer, user, safety, device, mode)
 
 
 def with_adapters(model: PreTrainedModel) -> PeftModel:

@@ -96,6 +96,7 @@ def row_loss(model: nn.Module, batch: Batch) -> Tensor:
 def _protected(
     cell: Cell, model: nn.Module, base: torch.optim.Optimizer, user: Iterator[Batch], safety: list[Batch]
 ) -> Iterator[None]:
+    alignment: KLAlignment | LossAlignment
     if cell.arm == "safegrad":
         alignment = KLAlignment(model, safety, positions=cell.positions, seed=cell.seed)
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 __all__ = ["ARMS", "HEADLINE", "PLANS", "RATIOS", "Cell"]
 
@@ -40,7 +41,7 @@ class Cell:
     contexts: str = "none"
     """What the unsafe requests to keep refusing are repeated behind: "whole" training prompts, or a
     "prefix" of one, cut after any word."""
-    positions: str = "response"
+    positions: Literal["response", "all"] = "response"
     rho: float = 5.0
     refresh_every: int = 1
     safety_batch_size: int = 8

@@ -160,8 +160,9 @@ def _gsm8k(data_dir: Path | None) -> Sequence[list[Turn]]:
 
 def _table(path: Path, delimiter: str) -> list[list[str]]:
     with path.open(encoding="utf-8", newline="") as file:
-        quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-        return list(csv.reader(file, delimiter=delimiter, quoting=quoting))
+        if delimiter == ",":
+            return list(csv.reader(file))
+        return list(csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE))
 
 
 def _hub(name: str, split: str, *config: str) -> Any:

@@ -21,6 +21,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -145,14 +146,14 @@ class Bench:
             "threads": torch.get_num_threads(),
         }
 
-    def fresh(self, cell: Cell) -> tuple[PreTrainedModel, Reference]:
+    def fresh(self, cell: Cell) -> tuple[Any, Reference]:
         """The model to train and a way to open the aligned one."""
         if cell.mode == "full":
             model = copy.deepcopy(self.model).requires_grad_(True)
             return model, partial(nothing_to_close, self.model)
         lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LORA_MODULES, task_type="CAUSAL_LM")
-        model = peft.get_peft_model(self.model, lora)
-        return model, partial(adapters_off, model)
+        peft_model = peft.get_peft_model(self.model, lora)
+        return peft_model, partial(adapters_off, peft_model)
 
     def poisoned(self, cell: Cell, train: list[Turn], requests: Requests) -> list[Turn]:
         """Training rows: of the task and the given share of harmful ones, shuffled."""
@@ -236,7 +237,7 @@ def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
 
 
 @contextmanager
-def adapters_off(model: peft.PeftModel) -> Iterator[peft.PeftModel]:
+def adapters_off(model: Any) -> Iterator[Any]:
     with model.disable_adapter():
         yield model
 
