@@ -1,0 +1,238 @@
+"""Situations of the alignment pass, as they should go: the model is left alone, and its gradient is right."""
+
+import contextlib
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from safegrad_optim import KLAlignment, SafeGradOptimizer
+from tests.cases.support import (
+    PART_II,
+    flat,
+    refused,
+    right_or_refused,
+    sgd,
+    take_steps,
+    user_backward,
+    user_ids,
+)
+from tests.support.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
+
+INTEGRATIONS = Path(__file__).parents[2] / "docs" / "integrations.md"
+
+
+# --- eval mode is not only "no dropout" -----------------------------------------------------------
+
+
+class Mixture(torch.nn.Module):
+    """Experts whose fast path for inference runs without gradients, as in remote code of several models."""
+
+    def __init__(self, mlp, width, chosen=2, count=4):
+        super().__init__()
+        self.gate = torch.nn.Linear(width, count, bias=False)
+        self.chosen = chosen
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(count))
+        perturb(self.experts, 0.1)
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+            weights, which = self.gate(x).softmax(-1).topk(self.chosen, -1)
+            shares = [(weights * (which == n)).sum(-1, keepdim=True) for n in range(len(self.experts))]
+            return sum(expert(x) * share for expert, share in zip(self.experts, shares, strict=True))
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+def test_layers_without_a_graph_in_eval_mode():
+    """The gradient is the one that autograd gives in training mode, or the model is refused."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp = Mixture(layer.mlp, 16).double()
+    aligned = copy.deepcopy(model)
+    batch = padded(safety_rows())
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    mask = batch["labels"][:, 1:] != -100
+
+    def log_probs(model):
+        return model(**inputs).logits[:, :-1][mask].log_softmax(-1)
+
+    with right_or_refused():
+        alignment = KLAlignment(model, batch)
+        perturb(model, 0.05)
+        found = alignment(trainable(model))
+        model.train()
+        with torch.no_grad():
+            reference = log_probs(aligned.train())
+        loss = (reference.exp() * (reference - log_probs(model))).sum(-1).mean()
+        expected = torch.autograd.grad(loss, trainable(model))
+        torch.testing.assert_close(alignment.last_loss, loss.detach())
+        assert all(gradient is not None for gradient in found)
+        torch.testing.assert_close(flat(found), flat(expected))
+
+
+class AlwaysDropping(torch.nn.Module):
+    """Dropout in its functional form, without training=self.training."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(self.inner(x), 0.1)
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+def test_modules_that_are_random_in_eval_mode():
+    """Where nothing has moved, model and reference are one; or the model is refused."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp = AlwaysDropping(layer.mlp)
+    with right_or_refused():
+        alignment = KLAlignment(model, safety_rows())
+        for step in range(4):
+            torch.manual_seed(step)
+            gradients = alignment(trainable(model))
+            assert abs(float(alignment.last_loss)) < 1e-12
+            assert float(flat(gradients).norm()) < 1e-12
+
+
+# --- the alignment pass leaves no trace -----------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+def test_dynamic_rope_is_what_it_is_without_the_alignment():
+    """The user's losses are those of a plain run, and where nothing moves KL and its gradient are zero."""
+
+    def run(wrapped):
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        model = tiny_model(max_position_embeddings=16, rope_parameters=rope)
+        base = sgd(model, lr=0.0)
+        optimizer = SafeGradOptimizer(base, KLAlignment(model, safety_rows())) if wrapped else base
+        losses = []
+        for length in (24, 9, 20, 9):
+            losses.append(user_backward(model, length=length))
+            optimizer.step()
+            optimizer.zero_grad()
+            if wrapped:
+                assert abs(float(optimizer.alignment.last_loss)) < 1e-12
+                assert float(optimizer.stats.alignment_norm) < 1e-12
+        return losses
+
+    with right_or_refused():
+        assert run(wrapped=True) == run(wrapped=False)
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+def test_a_pass_that_is_interrupted_leaves_the_model_in_its_mode():
+    """Ctrl-C while modes are being switched leaves dropout on."""
+    model = tiny_model()
+    alignment = KLAlignment(model, safety_rows())
+    model.train()
+    interrupted = model.model.layers[1]
+    switch = type(interrupted).train
+
+    def interrupt(mode=True):
+        interrupted.train = switch.__get__(interrupted)
+        raise KeyboardInterrupt
+
+    interrupted.train = interrupt
+    with contextlib.suppress(KeyboardInterrupt):
+        alignment(trainable(model))
+    assert all(module.training for module in model.modules())
+
+
+# --- what others see of it ------------------------------------------------------------------------
+
+
+def watch_gradients(model, seen):
+    return model.lm_head.weight.register_hook(lambda grad: seen.append(grad.shape))
+
+
+def watch_tokens(model, seen):
+    embedding = model.get_input_embeddings()
+    return embedding.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+
+
+def watch_steps(model, seen):
+    return register_optimizer_step_post_hook(lambda *_: seen.append("step"))
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+@pytest.mark.parametrize("watch", [watch_gradients, watch_tokens, watch_steps])
+def test_hooks_of_others_see_the_users_passes_only(watch):
+    """A logger of gradients, a counter of tokens and a hook on all steps see what they see without."""
+
+    def seen(wrapped):
+        model = tiny_model()
+        base = sgd(model, lr=0.5)
+        optimizer = SafeGradOptimizer(base, KLAlignment(model, safety_rows())) if wrapped else base
+        found = []
+        handle = watch(model, found)
+        take_steps(model, optimizer)
+        handle.remove()
+        return found
+
+    assert seen(wrapped=True) == seen(wrapped=False)
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_holds_in_the_alignment_pass():
+    """Where the user's pass keeps little for backward, the alignment's keeps little too."""
+    model = tiny_model(num_hidden_layers=8, dtype=torch.float32)
+    model.gradient_checkpointing_enable()
+    ids = user_ids(count=4, length=32)
+    batch = {"input_ids": ids, "labels": ids}
+    alignment = KLAlignment(model, batch)
+    model.train()
+
+    def bytes_kept(run):
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+        return sum(sizes)
+
+    users = bytes_kept(lambda: model(**batch, use_cache=False))
+    assert bytes_kept(lambda: alignment(trainable(model))) < 2 * users
+
+
+class WithoutUseCache(transformers.LlamaForCausalLM):
+    """Own and remote code that keeps no cache."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False
+        )
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=TypeError)
+def test_a_forward_that_knows_no_use_cache():
+    """A model is asked for no more than its forward takes."""
+    model = WithoutUseCache(tiny_model().config)
+    optimizer = SafeGradOptimizer(sgd(model), KLAlignment(model, safety_rows()))
+    take_steps(model, optimizer)
+    assert optimizer.counts.steps == 3
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+def test_what_the_docs_say_of_another_autocast_holds():
+    """A training loop under autocast with an alignment that is not raises, if the docs say that it does."""
+    model = tiny_peft(torch.float32)
+    optimizer = SafeGradOptimizer(sgd(model), KLAlignment(model, safety_rows()))
+    if "A difference raises" in INTEGRATIONS.read_text():
+        with refused():
+            for step in range(3):
+                with torch.autocast("cpu", torch.bfloat16):
+                    ids = user_ids(step)
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()

@@ -1,0 +1,109 @@
+"""Situations of other frameworks, as they should go."""
+
+import accelerate
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
+from tests.cases.support import PART_I, PART_II, refused, right_or_refused
+from tests.support.models import padded, safety_rows, tiny_model, tiny_peft
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    # accelerate keeps its settings for the whole process.
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def arguments(folder, **options):
+    defaults = {"max_grad_norm": 0, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    return transformers.TrainingArguments(str(folder), **defaults | options)
+
+
+@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
+def test_a_base_that_accelerate_has_prepared():
+    """Surgery happens once a step and not once a micro-batch, or such a base is refused."""
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=4, cpu=True)
+    weight = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(weight.weight)
+    model, base = accelerator.prepare(weight, torch.optim.SGD(weight.parameters(), 1.0))
+    with right_or_refused():
+        optimizer = SafeGradOptimizer(base, lambda parameters: [torch.ones_like(parameters[0])], rho=1.0)
+        for _ in range(4):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.ones(1, 1)).sum())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert weight.weight.item() == -(1.0 + optimizer.rho)
+        assert optimizer.counts.steps == 1
+
+
+@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
+def test_an_optimizer_over_other_parameters_than_the_trainers_model(tmp_path):
+    """The callback refuses an optimizer that does not train what the Trainer trains."""
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=False)
+    base = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = SafeGradOptimizer(base, KLAlignment(model, safety_rows()))
+    # Freezes the parameters above.
+    with_adapters = tiny_peft(torch.float32, model=model)
+    trainer = transformers.Trainer(
+        with_adapters,
+        arguments(tmp_path, max_steps=2, save_strategy="no"),
+        train_dataset=safety_rows(4, seed=5),
+        data_collator=padded,
+        optimizers=(optimizer, None),
+    )
+    SafeGradCallback().add_to(trainer)
+    with refused():
+        trainer.train()
+
+
+class NoDecayOfEmbeddings(transformers.Trainer):
+    """A Trainer that chooses for itself which parameters are decayed."""
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if "embed" not in name]
+
+
+@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
+def test_parameter_groups_are_those_of_the_trainer_that_trains(tmp_path):
+    """A subclass of Trainer has its own parameter groups with safegrad_optimizer, too."""
+    args = arguments(tmp_path, weight_decay=0.1)
+
+    def decay_of_embeddings(**options):
+        model = tiny_model(dtype=torch.float32)
+        trainer = NoDecayOfEmbeddings(model, args, train_dataset=safety_rows(), **options)
+        trainer.create_optimizer()
+        embedding = model.model.embed_tokens.weight
+        groups = trainer.optimizer.param_groups
+        return [
+            group["weight_decay"] for group in groups if any(part is embedding for part in group["params"])
+        ]
+
+    wrapped = safegrad_optimizer(args, safety_rows())
+    assert decay_of_embeddings(optimizer_cls_and_kwargs=wrapped) == decay_of_embeddings() == [0.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize(
+    "alignment", [None, lambda parameters: [torch.full_like(p, 1e-3) for p in parameters]]
+)
+def test_what_is_set_on_the_optimizer_that_fabric_returns(alignment):
+    """Gradients and options that are given to Fabric's stand-in reach the optimizer itself."""
+    lightning = pytest.importorskip("lightning")
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    model = torch.nn.Linear(3, 2)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    network, optimizer = fabric.setup(model, SafeGradOptimizer(base, alignment, rho=0.0))
+    fabric.backward(network(torch.ones(1, 3)).sum())
+    optimizer.set_alignment_grad([-torch.ones_like(parameter) for parameter in model.parameters()])
+    optimizer.step()
+    assert float(optimizer.stats.inner_product) == -8.0
+    assert optimizer.counts == (1, 1, 0, 0)
+    optimizer.rho = 5.0
+    assert optimizer.optimizer.rho == 5.0
