@@ -1,4 +1,4 @@
-"""What is undocumented of the Trainer (seen in transformers 5.2 and 5.24) and accelerate (1.10 and 1.15)."""
+"""What is undocumented of the Trainer (seen in transformers 5.2 and 5.24) and accelerate (1.13 and 1.15)."""
 
 from torch import nn
 from torch.optim import Optimizer

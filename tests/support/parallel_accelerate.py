@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.parallel import world_size
 from tests.support.models import perturb, safety_rows, tiny_peft, trainable
-from tests.support.parallel_models import full
+from tests.support.parallel_models import averaging, full
 from tests.support.parallel_runs import STEPS, USER_ROWS, user_batch
 
 
@@ -33,7 +33,8 @@ def prepared(mode):
     # Rows of one length: the mean over ranks of mean losses is then the mean over all tokens.
     rows = torch.cat([user_batch(step, part) for step in range(STEPS) for part in range(2)])
     loader = torch.utils.data.DataLoader(list(rows), batch_size=USER_ROWS // world_size())
-    return accelerator, *accelerator.prepare(model, optimizer, loader)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    return accelerator, averaging(model), optimizer, loader
 
 
 def train(folder, mode, start=0):

@@ -2,12 +2,16 @@
 
 import contextlib
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+
+# In torch 2.8 gloo's reduce_scatter sums where it is asked for a mean (pytorch issue 162338); not in 2.13.
+GLOO_AVERAGES = torch.__version__ >= "2.13"
 
 
 def decoder_layers(model):
@@ -19,7 +23,7 @@ def shard(model, mesh, own_head=False, **options):
         fully_shard(layer, mesh=mesh, **options)
     if own_head:
         fully_shard([model.model.norm, model.lm_head], mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+    return averaging(fully_shard(model, mesh=mesh, **options))
 
 
 def tensor_parallel(model, mesh, local_logits=True):
@@ -80,12 +84,23 @@ def unreduced(model):
         yield
 
 
-def sum_gradients(model):
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # gloo knows no other way to divide by a factor.
+def averaging(model):
+    """The model, told not to leave the division of gradients to gloo where that does not divide."""
+    if not GLOO_AVERAGES:
+        for module in fsdp_modules(model):
             module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def fsdp_modules(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sum_gradients(model):
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        # gloo knows no other way to divide by a factor.
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def full(tensor):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from safegrad_optim import KLAlignment, LossAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.alignment import _base as alignment
 from safegrad_optim.optimizer import _step as surgery_step
+from safegrad_optim.parallel import _fsdp
 from tests.support.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
 from tests.support.parallel_models import full, parallel, sum_gradients, tensor_parallel, unreduced
 
@@ -200,7 +201,7 @@ def settings_after_step(**options):
     wrapped.step()
     sharded += [isinstance(parameter, DTensor) for parameter in model.parameters()]
     state = model._get_fsdp_state()
-    (group,) = state._fsdp_param_groups
+    group = _fsdp._fsdp_groups(model)[0]
     return all(sharded), group.reduce_grads, state._state_ctx.is_last_backward, group.reshard_after_backward
 
 

@@ -10,7 +10,7 @@ from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 from safegrad_optim.parallel import world_size
 from tests.support.models import padded, safety_rows, tiny_model, tiny_peft, trainable
-from tests.support.parallel_models import full
+from tests.support.parallel_models import averaging, full
 
 MODELS = {"LoRA": lambda: tiny_peft(torch.float32), "full": lambda: tiny_model(dtype=torch.float32)}
 FSDP = {
@@ -41,7 +41,14 @@ def arguments(folder, mode, **options):
     if mode == "fsdp":
         # accelerate shards on accelerators only; nothing else of it asks for one.
         accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    # accelerate calls it cpu:0, where transformers 5.2 cannot load a checkpoint.
+    vars(args)["_setup_devices"] = torch.device("cpu")
     return args
+
+
+class Averaging(transformers.TrainerCallback):
+    def on_train_begin(self, *_, model, **__):
+        averaging(model)
 
 
 def train(folder, mode, kind, path, resume=None):
@@ -61,6 +68,7 @@ def train(folder, mode, kind, path, resume=None):
         given = {"optimizers": (SafeGradOptimizer(base, alignment, **options), None)}
     rows = datasets.Dataset.from_list(safety_rows(24, seed=5))
     trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=padded, **given)
+    trainer.add_callback(Averaging())
     SafeGradCallback().add_to(trainer)
     trainer.train(resume_from_checkpoint=resume)
     logs = [
