@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,31 +14,20 @@ Positions = Literal["response", "all"]
 
 Batch = dict[str, Tensor]
 SafetyBatches = Iterable[Mapping[str, Any]] | Mapping[str, Any]
-_PADDING = {"labels": IGNORE_INDEX}
 
 
 class Part(NamedTuple):
     """Some rows of a safety batch, on the model's device."""
 
-    inputs: Batch
-    """Model inputs, without labels."""
-    mask: Tensor
-    """The compared positions, (rows, length) bool."""
+    inputs: Batch  # without labels
+    mask: Tensor  # the compared positions, (rows, length) bool
     labels: Tensor
-    weight: float
-    """1, or 0 where another rank's rows are run to keep pace."""
-    batch: int
-    """The index of its batch."""
-    tokens: slice
-    """Its compared tokens among all those that this rank computes of the batch."""
+    weight: float  # 1, or 0 where another rank's rows are run to keep pace
+    batch: int  # the index of its batch
+    tokens: slice  # its compared tokens among all those that this rank computes of the batch
 
 
-def as_batches(
-    safety_batches: SafetyBatches,
-    *,
-    positions: Positions,
-    batch_size: int,
-) -> list[Batch]:
+def as_batches(safety_batches: SafetyBatches, *, positions: Positions, batch_size: int) -> list[Batch]:
     """Return safety batches as a list of right-padded model inputs, each checked.
 
     They are batches of 2-D `input_ids` and `labels` (a list, a DataLoader, or one batch), or single 1-D
@@ -53,15 +43,15 @@ def as_batches(
     items = [safety_batches] if isinstance(safety_batches, Mapping) else list(safety_batches)
     if not items:
         raise ValueError("The safety batches are empty. Give at least one batch with a response.")
-    tensors = [_tensors(item, index) for index, item in enumerate(items)]
-    if all(item["labels"].dim() == 1 for item in tensors):
+    batches = [_tensors(item, index) for index, item in enumerate(items)]
+    if all(item["labels"].dim() == 1 for item in batches):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
-        starts = range(0, len(tensors), batch_size)
-        tensors = [_pad_together(tensors[start : start + batch_size]) for start in starts]
-    for index, batch in enumerate(tensors):
+        starts = range(0, len(batches), batch_size)
+        batches = [_pad_together(batches[start : start + batch_size]) for start in starts]
+    for index, batch in enumerate(batches):
         _check(batch, index, positions)
-    return tensors
+    return batches
 
 
 def position_mask(batch: Batch, positions: Positions) -> Tensor:
@@ -75,9 +65,7 @@ def position_mask(batch: Batch, positions: Positions) -> Tensor:
         compared = labels != IGNORE_INDEX
     else:
         compared = batch.get("attention_mask", torch.ones_like(labels)).bool()
-    mask = torch.zeros_like(compared)
-    mask[:, :-1] = compared[:, 1:]
-    return mask
+    return torch.nn.functional.pad(compared[:, 1:], (0, 1))
 
 
 def contents_digest(batches: list[Batch], positions: Positions) -> str:
@@ -92,13 +80,13 @@ def contents_digest(batches: list[Batch], positions: Positions) -> str:
     return contents.hexdigest()
 
 
+@dataclass
 class BatchOrder:
     """Endless order over `count` batches: each epoch a new permutation, a function of the seed alone."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count = count
-        self.seed = seed
-        self.taken = 0
+    count: int
+    seed: int
+    taken: int = 0
 
     def peek(self) -> int:
         """Return the index of the next batch without taking it."""
@@ -106,23 +94,15 @@ class BatchOrder:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return int(torch.randperm(self.count, generator=generator)[position])
 
-    def advance(self) -> None:
-        """Take the next batch."""
-        self.taken += 1
-
-    def state_dict(self) -> dict[str, int]:
-        """Return what `load_state_dict` needs to go on with the same next batch."""
-        return {"count": self.count, "seed": self.seed, "taken": self.taken}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was saved, with as many batches and the same seed."""
-        for key, own in (("count", self.count), ("seed", self.seed)):
-            if state[key] != own:
+    def load(self, saved: Mapping[str, int]) -> None:
+        """Go on where the fields of another order of as many batches and the same seed were saved."""
+        for key in ("count", "seed"):
+            if saved[key] != getattr(self, key):
                 raise ValueError(
-                    f"The saved order of safety batches has {key} {state[key]}, this one {own}. Build "
-                    "it from the same safety batches and seed as the run that saved it."
+                    f"The saved order of safety batches has {key} {saved[key]}, this one "
+                    f"{getattr(self, key)}. Build it from the safety batches and seed of the saved run."
                 )
-        self.taken = state["taken"]
+        self.taken = saved["taken"]
 
 
 def _tensors(item: Any, index: int) -> Batch:
@@ -134,8 +114,8 @@ def _tensors(item: Any, index: int) -> Batch:
     for name in ("input_ids", "labels"):
         if name not in item:
             raise ValueError(
-                f"Safety batch {index} has {sorted(item)} but no '{name}'. Give model inputs with "
-                f"labels that are {IGNORE_INDEX} outside the response."
+                f"Safety batch {index} has {sorted(item)} but no '{name}'. Give model inputs with labels "
+                f"that are {IGNORE_INDEX} outside the response."
             )
     batch = {}
     for name, value in item.items():
@@ -153,24 +133,22 @@ def _pad_together(rows: list[Batch]) -> Batch:
     rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"Safety rows have different fields: {[sorted(row) for row in rows]}.")
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(
-            [row[name] for row in rows], batch_first=True, padding_value=_PADDING.get(name, 0)
-        )
-        for name in rows[0]
-    }
+    batch = {}
+    for name in rows[0]:
+        padding = IGNORE_INDEX if name == "labels" else 0
+        batch[name] = torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, padding)
+    return batch
 
 
 def _check(batch: Batch, index: int, positions: Positions) -> None:
     input_ids, labels = batch["input_ids"], batch["labels"]
     if input_ids.dim() != 2 or input_ids.shape != labels.shape:
         raise ValueError(
-            f"Safety batch {index}: input_ids {tuple(input_ids.shape)} and labels "
-            f"{tuple(labels.shape)} have to be of one shape (rows, length)."
+            f"Safety batch {index}: input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)} "
+            "have to be of one shape (rows, length)."
         )
     if not position_mask(batch, positions).any():
         raise ValueError(
-            f"Safety batch {index} has no response token: all labels after the first are "
-            f"{IGNORE_INDEX}. Label the response tokens with their ids; check that truncation has "
-            "not cut the responses away."
+            f"Safety batch {index} has no response token: all labels after the first are {IGNORE_INDEX}. "
+            "Label the response tokens with their ids; check that truncation has not cut them away."
         )

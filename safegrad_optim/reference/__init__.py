@@ -10,27 +10,14 @@ False
 >>> Reference(cache="some")
 Traceback (most recent call last):
 ValueError: cache is 'some', expected one of ('exact', 'hidden', 'logits', 'top_k') or None.
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
 from safegrad_optim.reference._cache import ReferenceCache
-from safegrad_optim.reference._fingerprint import fingerprint
 from safegrad_optim.reference._kind import choose_kind
 from safegrad_optim.reference._options import Reference
-from safegrad_optim.reference._reading import CachedReference, LiveReference, cached_reference
+from safegrad_optim.reference._reading import Reading
 from safegrad_optim.reference._source import ReferenceSource, reference_source
 from safegrad_optim.reference._top_k import top_k_kl_divergence
 
-__all__ = [
-    "CachedReference",
-    "LiveReference",
-    "Reference",
-    "ReferenceCache",
-    "ReferenceSource",
-    "cached_reference",
-    "choose_kind",
-    "fingerprint",
-    "reference_source",
-    "top_k_kl_divergence",
-]
+__all__ = ["Reference", "ReferenceCache", "top_k_kl_divergence"]
+__all__ += ["Reading", "ReferenceSource", "choose_kind", "reference_source"]  # for the packages above

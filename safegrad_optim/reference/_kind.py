@@ -1,6 +1,8 @@
 """What is kept of P_ref at each compared token: hidden states, logits, or the likeliest tokens."""
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ from safegrad_optim._torch_private import has_forward_hooks
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.forward import Outputs, output_head
 from safegrad_optim.parallel import is_distributed_tensor, on_any_rank
-from safegrad_optim.reference._options import Cache
+from safegrad_optim.reference._options import Cache, Reference
 from safegrad_optim.reference._source import ReferenceSource
 from safegrad_optim.reference._top_k import TopK, top_k_kl_divergence, top_k_log_probs
 
@@ -41,20 +43,25 @@ class Kind(NamedTuple):
             own, ref_logits = logits.chunk(2)
             return kl_divergence(ref_logits.detach(), own)
         first, *others = (tensor.to(logits.device) for tensor in entry)
-        if self.name == "top_k":
-            return top_k_kl_divergence(TopK(first, *others), logits)
-        return kl_divergence(first, logits)
+        return top_k_kl_divergence(TopK(first, *others), logits) if others else kl_divergence(first, logits)
 
 
-def choose_kind(asked: Cache, model: nn.Module, source: ReferenceSource, *, tokens: int, top_k: int) -> Kind:
-    """Choose what is kept of `tokens` compared tokens; it has to fit the memory that is free.
+def choose_kind(options: Reference, model: nn.Module, source: ReferenceSource, tokens: int) -> Kind:
+    """Choose what is kept of `tokens` compared tokens, or else computed of each at each call.
 
     Raises:
         ValueError: what is asked for would not give the reference's logits back.
         MemoryError: it would take more memory than is free, here or on another rank.
     """
+    asked = options.cache
+    if asked is None:
+        if source.drifts:
+            raise ValueError(
+                "Without PEFT adapters the reference has to be kept before training changes the model, but "
+                "cache=None. Leave it out, or give a frozen copy of the model as Reference(ref_model=...)."
+            )
+        return Kind("logits")
     head = output_head(model)
-    element = next(head.parameters()).element_size()
     frozen = source.shares_head and head_is_frozen(model)
     copied = head_weights(model) if source.shares_head and not frozen else ()
     if asked == "hidden" and not (frozen or copied):
@@ -63,20 +70,17 @@ def choose_kind(asked: Cache, model: nn.Module, source: ReferenceSource, *, toke
             "nn.Linear without hooks and shards, of which a copy could be kept: hidden states would not give "
             "the reference's logits back. Use 'logits' or 'top_k'."
         )
-    sizes = {
-        Kind("logits"): tokens * getattr(head, "out_features", 0) * element,
-        Kind("top_k", top_k=top_k): tokens * (8 * top_k + 4),
+    values = tokens * next(head.parameters()).element_size()
+    sizes: dict[Cache, int] = {
+        "hidden": values * getattr(head, "in_features", 0) + sum(weight.nbytes for weight in copied),
+        "logits": values * getattr(head, "out_features", 0),
+        "top_k": tokens * (8 * options.top_k + 4),
     }
-    if frozen or copied:
-        states = tokens * getattr(head, "in_features", 0) * element
-        sizes[Kind("hidden", keeps_head=not frozen)] = states + sum(weight.nbytes for weight in copied)
-    exact = [kind for kind in sizes if kind.name == "hidden" and frozen] or [
-        kind for kind in sizes if kind.name != "top_k"
-    ]
-    possible = exact if asked == "exact" else [kind for kind in sizes if kind.name == asked]
-    chosen = min(possible, key=sizes.__getitem__)
-    _require_memory(sizes[chosen])
-    return chosen
+    if asked == "exact":
+        smaller = bool(copied) and sizes["hidden"] < sizes["logits"]
+        asked = "hidden" if frozen or smaller else "logits"
+    _require_memory(sizes[asked])
+    return Kind(asked, asked == "hidden" and not frozen, options.top_k if asked == "top_k" else 0)
 
 
 def head_is_frozen(model: nn.Module) -> bool:
@@ -88,23 +92,19 @@ def head_weights(model: nn.Module) -> tuple[Tensor, ...]:
     """Weight and, where there is one, bias of an output head that is no more than these; else none."""
     head = output_head(model)
     # A subclass, a hook, or a forward put in place of its own may do something else with the weights.
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    if type(head) is not nn.Linear or "forward" in vars(head) or has_forward_hooks(head):
         return ()
-    if has_forward_hooks(head) or is_distributed_tensor(head.weight):
-        return ()
-    return (head.weight,) if head.bias is None else (head.weight, head.bias)
+    return () if is_distributed_tensor(head.weight) else tuple(head.parameters())
 
 
 def _require_memory(size: int) -> None:
-    free = None
-    if _MEMORY.exists():
-        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
+    available = re.search(r"MemAvailable:\s*(\d+)", _MEMORY.read_text()) if _MEMORY.exists() else None
+    free = int(available[1]) * 1024 if available else math.inf
     # Ranks on one machine keep their parts beside one another.
     needed = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if on_any_rank(free is not None and needed > free):
+    if on_any_rank(needed > free):
         raise MemoryError(
-            f"The reference takes {needed / 2**30:.1f} GiB, and {(free or 0) / 2**30:.1f} GiB are free. Give "
+            f"The reference takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Give "
             "fewer or shorter safety rows; Reference(cache='top_k'), which is smaller and not exact; or, "
             "with adapters or a ref_model, Reference(cache=None), which computes it at each call."
         )

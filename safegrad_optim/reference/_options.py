@@ -19,10 +19,9 @@ class Reference:
     Args:
         ref_model: a frozen aligned model instead.
         cache: what is kept of each compared token. "hidden", the final hidden state, is exact, and keeps a
-            copy of the output head where that is trained; "logits" is exact; "exact" is the smaller of these
+            copy of the output head where that is trained; "logits" is exact; "exact" is the smaller of the
             two. "top_k" keeps `top_k` log-probabilities and the mass of all other tokens, see
-            `top_k_kl_divergence` for what that leaves out. `None` keeps nothing and computes P_ref anew at
-            each call.
+            `top_k_kl_divergence`. `None` keeps nothing and computes P_ref anew at each call.
         top_k: number of log-probabilities that "top_k" keeps.
         file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
         resumed: the model has been fine-tuned already, so it may differ from its reference. Without adapters

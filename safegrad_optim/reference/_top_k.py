@@ -30,21 +30,18 @@ def top_k_log_probs(logits: Tensor, k: int) -> TopK:
 
 
 def top_k_kl_divergence(ref: TopK, logits: Tensor, *, chunk_size: int = 16) -> Tensor:
-    """Sum over tokens KL(P_ref || P_model) with all but k tokens taken as one, computed in fp32.
+    """Sum over tokens KL(P_ref || P_model) with all but k tokens taken as one, in nats, computed in fp32.
 
     sum_t [ sum_{v in K} P_ref(v) (log P_ref(v) - log P_model(v)) + P_ref(R) (log P_ref(R) - log P_model(R)) ]
 
     with K the k likeliest tokens of the reference and R the others. It is never above the KL of the whole
     distributions, and less by P_ref(R) KL(P_ref(. | R) || P_model(. | R)): what the model does among the
-    tokens the reference hardly ever chooses. Forward and backward hold `chunk_size` rows at a time.
+    tokens the reference hardly ever chooses.
 
     Args:
         ref: the reference, from `top_k_log_probs`; no gradient.
         logits: logits of the model, (tokens, vocabulary).
-        chunk_size: number of tokens handled at a time.
-
-    Returns:
-        A 0-dim tensor, in nats.
+        chunk_size: number of tokens that forward and backward handle at a time.
 
     Raises:
         ValueError: numbers of tokens differ, or there is none.
@@ -54,10 +51,9 @@ def top_k_kl_divergence(ref: TopK, logits: Tensor, *, chunk_size: int = 16) -> T
             f"The reference has {len(ref.log_probs)} tokens and the model's logits {len(logits)}; expected "
             "equally many, at least one. Compute both on one batch."
         )
-    chunks = zip(*(tensor.split(chunk_size) for tensor in (*ref, logits)), strict=True)
-    parts = [
-        checkpoint(_divergence, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
-    ]
+    parts = []
+    for chunk in zip(*(tensor.split(chunk_size) for tensor in (*ref, logits)), strict=True):
+        parts.append(checkpoint(_divergence, *chunk, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(parts).sum()
 
 
