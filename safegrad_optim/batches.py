@@ -1,13 +1,16 @@
-"""Safety batches: from whatever the user has to a checked list, and the order they are taken in."""
+"""Safety batches: from whatever the user has to a checked list, their order, and the parts of a rank."""
 
 import ctypes
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from safegrad_optim.parallel import Share
 
 IGNORE_INDEX = -100
 Positions = Literal["response", "all"]
@@ -32,11 +35,6 @@ def as_batches(safety_batches: SafetyBatches, *, positions: Positions, batch_siz
 
     They are batches of 2-D `input_ids` and `labels` (a list, a DataLoader, or one batch), or single 1-D
     rows (a list or a Dataset), which are grouped by `batch_size` in their order.
-
-    Raises:
-        ValueError: there is no batch, or one lacks `labels`, has odd shapes, or no response token;
-            `positions` is unknown.
-        TypeError: an entry is no mapping of tensors.
     """
     if positions not in get_args(Positions):
         raise ValueError(f"positions is {positions!r}, expected 'response' or 'all'.")
@@ -61,23 +59,9 @@ def position_mask(batch: Batch, positions: Positions) -> Tensor:
     "all" where token t + 1 is not padding.
     """
     labels = batch["labels"]
-    if positions == "response":
-        compared = labels != IGNORE_INDEX
-    else:
-        compared = batch.get("attention_mask", torch.ones_like(labels)).bool()
+    everything = batch.get("attention_mask", torch.ones_like(labels)).bool()
+    compared = labels != IGNORE_INDEX if positions == "response" else everything
     return torch.nn.functional.pad(compared[:, 1:], (0, 1))
-
-
-def contents_digest(batches: list[Batch], positions: Positions) -> str:
-    """Return a SHA-256 digest of the contents of safety batches and of which positions are compared."""
-    contents = hashlib.sha256(positions.encode())
-    for batch in batches:
-        for name in sorted(batch):
-            contents.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}\n".encode())
-            # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
-            tensor = batch[name].contiguous()
-            contents.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
-    return contents.hexdigest()
 
 
 @dataclass
@@ -105,11 +89,58 @@ class BatchOrder:
         self.taken = saved["taken"]
 
 
+class SafetySource:
+    """Safety batches whose loss is a mean of its own, which counts `weight` times in the alignment loss.
+
+    L_align = sum over sources of weight x mean over the compared tokens of its next batch
+    """
+
+    def __init__(self, batches: list[Batch], *, positions: Positions, seed: int, weight: float = 1.0) -> None:
+        self.batches = batches
+        self.positions = positions
+        self.weight = weight
+        self.order = BatchOrder(len(batches), seed)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the contents of the batches and of which positions are compared."""
+        contents = hashlib.sha256(self.positions.encode())
+        for batch in self.batches:
+            for name, value in sorted(batch.items()):
+                contents.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+                # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
+                tensor = value.contiguous()
+                contents.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+        return contents.hexdigest()
+
+    def tokens(self, index: int) -> int:
+        """Return the number of compared tokens of a batch, on all ranks together."""
+        return int(position_mask(self.batches[index], self.positions).sum())
+
+    def parts(self, index: int, share: Share, device: torch.device, size: int | None) -> Iterator[Part]:
+        """Yield a rank's share of a batch, `size` rows at a time, and as many parts on every rank."""
+        batch = self.batches[index]
+        mask = position_mask(batch, self.positions)
+        shares = [_row_groups(mask, Share(rank, share.size), size) for rank in range(share.size)]
+        own = shares[share.rank]
+        # Where others have more rows, some row once more, for nothing but the collectives in the passes.
+        spare = own[0] if own else mask.any(dim=1).nonzero()[:1, 0]
+        done = 0
+        for number, rows in enumerate(own + [spare] * (max(map(len, shares)) - len(own))):
+            counts = number < len(own)
+            chosen = batch if len(rows) == len(mask) else _select(batch, rows)
+            tensors = {name: value.to(device) for name, value in chosen.items()}
+            labels = tensors.pop("labels")
+            start = done if counts else 0
+            done = start + int(mask[rows].sum())
+            yield Part(tensors, mask[rows].to(device), labels, float(counts), index, slice(start, done))
+
+
 def _tensors(item: Any, index: int) -> Batch:
     if not isinstance(item, Mapping):
         raise TypeError(
-            f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs with "
-            "'labels', as a tokenizer and collator make."
+            f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs, as a "
+            "tokenizer and collator make."
         )
     for name in ("input_ids", "labels"):
         if name not in item:
@@ -152,3 +183,20 @@ def _check(batch: Batch, index: int, positions: Positions) -> None:
             f"Safety batch {index} has no response token: all labels after the first are {IGNORE_INDEX}. "
             "Label the response tokens with their ids; check that truncation has not cut them away."
         )
+
+
+def _row_groups(mask: Tensor, share: Share, size: int | None) -> list[Tensor]:
+    """Rows of one share in groups of `size`, without groups that have nothing to compare."""
+    groups = torch.arange(len(mask))[share.rank :: share.size].split(size or len(mask))
+    return [group for group in groups if mask[group].any()]
+
+
+def _select(batch: Batch, rows: Tensor) -> Batch:
+    count = len(batch["labels"])
+    for name, value in batch.items():
+        if value.shape[:1] != (count,):
+            raise ValueError(
+                f"'{name}' of a safety batch has shape {tuple(value.shape)}, not one entry for each of the "
+                f"{count} rows, which are split over ranks or micro-batches. Leave it out or expand it."
+            )
+    return {name: value[rows] for name, value in batch.items()}

@@ -26,19 +26,13 @@ class Outputs(NamedTuple):
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """Return the module that maps final hidden states to logits.
-
-    Raises:
-        TypeError: the model does not name one by `get_output_embeddings()`.
-        NotImplementedError: the model is an encoder-decoder.
-    """
+    """Return the module that maps final hidden states to logits."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NotImplementedError(
-            f"{type(model).__name__} is an encoder-decoder; the alignment loss is for decoder-only "
-            "language models. Pass your own callable as alignment."
+            f"{type(model).__name__} is an encoder-decoder; the alignment loss is for decoder-only language "
+            "models. Pass your own callable as alignment."
         )
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Module):
         raise TypeError(
             f"{type(model).__name__} has no output head: get_output_embeddings() is missing or gives "
@@ -52,9 +46,6 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
 
     `ref` are hidden states of a reference and, if its head is not the model's, weight and bias of the head:
     their logits come last, after whatever the model does to its logits behind the head.
-
-    Raises:
-        RuntimeError: the model did not send its hidden states through the head as expected.
     """
     kept: list[Tensor] = []
     precision: list[str] = []
@@ -109,15 +100,14 @@ def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = 
     Autocast of the surrounding code is off inside, or to `autocast_dtype`, so that the precision does not
     depend on where the optimizer's step is called.
     """
-    training = [(module, module.training) for module in model.modules()]
+    training = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, version(buffer), buffer.clone())
         for module in model.modules()
         for name, buffer in buffers_of(module).items()
         if buffer is not None
     ]
-    devices = {parameter.device for parameter in model.parameters()}
-    cuda = [device for device in devices if device.type == "cuda"]
+    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     model.eval()
     try:
         with torch.random.fork_rng(cuda), autocast(model, autocast_dtype):
@@ -125,7 +115,7 @@ def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = 
     finally:
         # Weights cast under no_grad have no graph; a later forward would lose its gradients to them.
         torch.clear_autocast_cache()
-        for module, flag in training:
+        for module, flag in training.items():
             module.training = flag
         with torch.no_grad():
             for module, name, buffer, before, value in buffers:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim._torch_private import divide_all_
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import BatchOrder, Part, Positions, SafetyBatches, as_batches, contents_digest
+from safegrad_optim.batches import BatchOrder, Part, Positions, SafetyBatches, SafetySource, as_batches
 from safegrad_optim.forward import autocast, unchanged_evaluation
 from safegrad_optim.parallel import (
     inner_module,
@@ -48,7 +47,7 @@ class Alignment(ABC):
         batches = as_batches(safety_batches, positions=positions, batch_size=batch_size)
         self._sources = (SafetySource(batches, positions=positions, seed=seed),)
         self._share = share_of(self.model)
-        digest = contents_digest(batches, positions)[:12]
+        digest = self._sources[0].digest[:12]
         require_same(
             {"safety batches": digest, "seed": seed, "autocast_dtype": autocast_dtype},
             "Give every rank all safety rows and the same options; rows are split over ranks in here.",
@@ -71,17 +70,14 @@ class Alignment(ABC):
         It is `None` where the loss does not depend on the parameter.
 
         Raises:
-            ValueError: the loss depends on no trainable parameter, or the reference is no longer the
-                aligned model.
+            ValueError: the loss depends on no trainable parameter, or the reference is not aligned any more.
             RuntimeError: the model was made parallel, or in another way, since this was built.
-            NotImplementedError: the model is parallel in a way that is not supported.
         """
         share = share_of(self.model)
         if share != self._share:
             raise RuntimeError(
-                f"This rank computes share {share.rank} of {share.size} of each safety batch, but the "
-                f"alignment was built for share {self._share.rank} of {self._share.size}. Build it after "
-                "init_process_group() and after fully_shard() or parallelize_module()."
+                f"This rank computes {share} of each safety batch, but the alignment was built for "
+                f"{self._share}. Build it after init_process_group(), fully_shard() and parallelize_module()."
             )
         with synchronized(self.model), own_leaves(self.model) as leaves:
             own = [leaves.get(parameter, parameter) for parameter in parameters]
@@ -129,7 +125,12 @@ class Alignment(ABC):
                 loss = next(losses, None)
             if loss is None:
                 return total
-            _check_loss(loss)
+            shape, requires_grad = tuple(getattr(loss, "shape", ())), getattr(loss, "requires_grad", False)
+            if shape or not requires_grad:
+                raise ValueError(
+                    f"The alignment loss is a {type(loss).__name__}, shape {shape}, requires_grad "
+                    f"{requires_grad}; expected a 0-dim tensor that depends on a trainable parameter."
+                )
             # Not torch.autograd.grad: under data parallelism only backward() reduces.
             (loss * scale).backward()
             total = total + loss.detach().to(total.device)
@@ -149,25 +150,20 @@ class Alignment(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the order of safety batches; `SafeGradOptimizer.state_dict` contains it."""
-        places = {
-            name + suffix: value for suffix, order in self._orders() for name, value in asdict(order).items()
-        }
-        return {**places, "fp16_scale": self._fp16_scale}
+        state: dict[str, Any] = {"fp16_scale": self._fp16_scale}
+        for suffix, order in self._orders():
+            state |= {name + suffix: value for name, value in asdict(order).items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the safety batch that would have been next when `state` was saved.
-
-        Raises:
-            ValueError: the state is of another number of safety batches or another seed.
-        """
+        """Go on with the batch that was next when `state` was saved, of as many batches and the same seed."""
         for suffix, order in self._orders():
             order.load({name: state[name + suffix] for name in asdict(order)})
         self._fp16_scale = state["fp16_scale"]
 
     def _orders(self) -> Iterator[tuple[str, BatchOrder]]:
-        """The order of each source, and the end of its names in a state."""
+        """The order of each source, and how its names end in a state: the first's as if it were alone."""
         for number, source in enumerate(self._sources):
-            # None for the first, as when there was only one.
             yield f"_{number}" if number else "", source.order
 
 
@@ -178,13 +174,3 @@ def _unscale_(grads: list[Tensor], scale: float) -> bool:
     finite = torch.stack([grad.isfinite().all().to(present[0].device) for grad in present]).all()
     # Sharded gradients may be finite in the part of one rank only.
     return not on_any_rank(~finite)
-
-
-def _check_loss(loss: Tensor) -> None:
-    shape, requires_grad = tuple(getattr(loss, "shape", ())), getattr(loss, "requires_grad", False)
-    if shape or not requires_grad:
-        raise ValueError(
-            f"The alignment loss is a {type(loss).__name__}, shape {shape}, requires_grad {requires_grad}; "
-            "expected a 0-dim tensor that depends on a trainable parameter. Check that the model has one and "
-            "that the loss uses it."
-        )

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.alignment._old_arguments import naming_the_new
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import Positions, SafetyBatches, contents_digest
+from safegrad_optim.batches import Positions, SafetyBatches, SafetySource
 from safegrad_optim.forward import unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
 from safegrad_optim.reference import (
@@ -36,25 +35,23 @@ class KLAlignment(Alignment):
     of its own rows.
 
     Args:
-        model: the model being fine-tuned, a causal language model; with PEFT adapters or without.
-        safety_batches: model inputs with `labels` that are -100 outside the response: batches in a
-            list or DataLoader, or rows in a list or Dataset.
-        reference: where P_ref comes from and where it is kept. By default the model with its PEFT adapters
-            switched off, or, without adapters, as it is now; computed once, here.
+        model: the causal language model being fine-tuned, with PEFT adapters or without.
+        safety_batches: model inputs with `labels` that are -100 outside the response: batches in a list or
+            DataLoader, or rows in a list or Dataset.
+        reference: where P_ref comes from and where it is kept; by default computed from `model`, here.
         positions: "response" compares response tokens only, "all" every token.
         batch_size: rows to a batch, where `safety_batches` are rows.
         micro_batch_size: rows that go through the model at a time; same gradient, less memory.
         seed: seed of the order of safety batches.
-        autocast_dtype: dtype of autocast during the alignment loss; set it where training uses
-            autocast around the forward only.
+        autocast_dtype: of autocast during the loss, where training has it around the forward only.
 
     Raises:
-        ValueError: empty or malformed safety batches, one without a response token, a reference that
-            is not the aligned model, or a cache file of another reference.
+        ValueError: empty or malformed safety batches, one without a response token, a reference that is not
+            the aligned model, or a cache file of another reference.
         TypeError: the model has no output head.
         MemoryError: the reference would take more memory than is free.
-        NotImplementedError: an encoder-decoder; a model that is parallel in a way that is not supported;
-            a `file` of the reference with several ranks.
+        NotImplementedError: an encoder-decoder, an unsupported way to be parallel, or a `file` of the
+            reference with several ranks.
 
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
     """
@@ -75,7 +72,15 @@ class KLAlignment(Alignment):
         super().__init__(model, safety_batches, positions, batch_size, seed, autocast_dtype)
         options = Reference() if reference is None else reference
         self.micro_batch_size = micro_batch_size
-        self._check_options(options)
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {micro_batch_size}, expected >= 1 or None.")
+        if options.file is not None and world_size() > 1:
+            raise NotImplementedError(
+                f"file is given and there are {world_size()} ranks, each with a part of the reference. Leave "
+                "it out; to resume, build KLAlignment from the aligned model before loading weights."
+            )
+        own = {name: getattr(options, name) for name in ("cache", "top_k", "resumed")}
+        require_same(own | {"micro_batch_size": micro_batch_size}, "Give all ranks the same options.")
         ref_model = None if options.ref_model is None else inner_module(options.ref_model)
         origin = reference_source(self.model, ref_model)
         self._readings = {source: self._reading(options, origin, source) for source in self._sources}
@@ -92,11 +97,7 @@ class KLAlignment(Alignment):
         return {**super().state_dict(), "reference": self._reference_number}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the safety batch that would have been next when `state` was saved.
-
-        Raises:
-            ValueError: the state is of a run with another reference, number of safety batches or seed.
-        """
+        """Go on with the batch that was next when `state` was saved, with the same reference and order."""
         if state["reference"] != self._reference_number:
             raise ValueError(
                 f"The saved run kept to a reference with weights {state['reference']:x}, this one has "
@@ -111,24 +112,12 @@ class KLAlignment(Alignment):
         # A number, because torch.distributed.checkpoint takes no other state of an optimizer.
         return int(self._readings[self._sources[0]].identity["weights"][:15], 16)
 
-    def _check_options(self, options: Reference) -> None:
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {self.micro_batch_size}, expected >= 1 or None.")
-        if options.file is not None and world_size() > 1:
-            raise NotImplementedError(
-                f"file is given and there are {world_size()} ranks, each with a part of the reference. Leave "
-                "it out; to resume, build KLAlignment from the aligned model before loading weights."
-            )
-        own = {name: getattr(options, name) for name in ("cache", "top_k", "resumed")}
-        require_same(own | {"micro_batch_size": self.micro_batch_size}, "Give all ranks the same options.")
-
     def _reading(self, options: Reference, origin: ReferenceSource, source: SafetySource) -> Reading:
         """P_ref on one source of safety rows; kept here, before training changes the model."""
         indices = range(len(source.batches))
         own_tokens = -(-sum(map(source.tokens, indices)) // self._share.size)
         kind = choose_kind(options, self.model, origin, own_tokens)
-        digest = contents_digest(source.batches, source.positions)
-        reading = Reading(origin, kind, self.autocast_dtype, digest)
+        reading = Reading(origin, kind, self.autocast_dtype, source.digest)
         if options.cache is not None:
             parts = (self._parts(source, index, self.micro_batch_size) for index in indices)
             reading.keep(options, chain.from_iterable(parts))

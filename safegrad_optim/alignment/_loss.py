@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches
+from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches, SafetySource
 from safegrad_optim.forward import forward_at
 
 

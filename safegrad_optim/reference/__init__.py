@@ -3,7 +3,6 @@
 In come the model, or a second one, and the parts of safety batches that a rank computes; out comes the sum of
 KL(P_ref || P_model) over their compared tokens, with P_ref computed anew or read from what was kept.
 
->>> import torch
 >>> from safegrad_optim import Reference
 >>> Reference(file="reference.safetensors", cache="logits").resumed
 False
@@ -12,12 +11,12 @@ Traceback (most recent call last):
 ValueError: cache is 'some', expected one of ('exact', 'hidden', 'logits', 'top_k') or None.
 """
 
+from safegrad_optim.divergence import top_k_kl_divergence
 from safegrad_optim.reference._cache import ReferenceCache
 from safegrad_optim.reference._kind import choose_kind
 from safegrad_optim.reference._options import Reference
 from safegrad_optim.reference._reading import Reading
 from safegrad_optim.reference._source import ReferenceSource, reference_source
-from safegrad_optim.reference._top_k import top_k_kl_divergence
 
 __all__ = ["Reference", "ReferenceCache", "top_k_kl_divergence"]
 __all__ += ["Reading", "ReferenceSource", "choose_kind", "reference_source"]  # for the packages above

@@ -21,10 +21,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(named_parameters: Iterable[tuple[str, Tensor]], batches: str, precision: str) -> Fingerprint:
-    """Compute the fingerprint of what a reference gives on batches of a digest; of shards, in one all-reduce.
-
-    Any training changes "weights", which are sums over the bits of each parameter.
-    """
+    """Compute the fingerprint of what a reference gives; its `weights`, of all bits, any training changes."""
     architecture, weights = hashlib.sha256(), hashlib.sha256()
     parameters = dict(named_parameters)
     for name, tensor in parameters.items():
@@ -49,14 +46,10 @@ def _bit_sum(tensor: Tensor) -> int:
 class ReferenceCache:
     """What the reference gives at the compared positions of each safety batch, on the CPU."""
 
-    entries: Sequence[tuple[Tensor, ...]]
-    """For each safety batch its tensors, rows in the order of its compared positions."""
-    kind: str
-    """Name of the `Kind` that they are of."""
-    precision: str
-    """Dtypes that the reference ran in, see `Outputs`."""
-    head: tuple[Tensor, ...] = ()
-    """Weight and bias of the reference's output head, where it is kept."""
+    entries: Sequence[tuple[Tensor, ...]]  # a row for each compared position, in their order
+    kind: str  # name of the `Kind` that they are of
+    precision: str  # that the reference ran in, see `Outputs`
+    head: tuple[Tensor, ...] = ()  # weight and bias of its output head, where that is kept
 
     @property
     def nbytes(self) -> int:
@@ -83,11 +76,7 @@ class ReferenceCache:
     def load(
         cls, path: Path, own: Fingerprint, *, check_weights: bool
     ) -> tuple["ReferenceCache", Fingerprint]:
-        """Read a cache and its fingerprint, whose weights may be others where the model was trained on.
-
-        Raises:
-            ValueError: the file is of other batches, precision, architecture or weights.
-        """
+        """Read a cache and its fingerprint, whose weights may be others where the model was trained on."""
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
@@ -105,7 +94,7 @@ def _check(path: Path, metadata: dict[str, str], identity: Fingerprint, check_we
     if metadata.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is no cached reference (format {metadata.get('format')!r}, expected {_FORMAT!r}). Give "
-            "another file, or delete it to compute it anew."
+            "another file, or delete this one."
         )
     for field, expected in identity.items():
         if metadata[field] != expected and (field != "weights" or check_weights):

@@ -9,12 +9,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from safegrad_optim._torch_private import has_forward_hooks
-from safegrad_optim.divergence import kl_divergence
+from safegrad_optim.divergence import TopK, kl_divergence, top_k_kl_divergence, top_k_log_probs
 from safegrad_optim.forward import Outputs, output_head
 from safegrad_optim.parallel import is_distributed_tensor, on_any_rank
 from safegrad_optim.reference._options import Cache, Reference
 from safegrad_optim.reference._source import ReferenceSource
-from safegrad_optim.reference._top_k import TopK, top_k_kl_divergence, top_k_log_probs
 
 _MEMORY = Path("/proc/meminfo")
 
@@ -47,12 +46,7 @@ class Kind(NamedTuple):
 
 
 def choose_kind(options: Reference, model: nn.Module, source: ReferenceSource, tokens: int) -> Kind:
-    """Choose what is kept of `tokens` compared tokens, or else computed of each at each call.
-
-    Raises:
-        ValueError: what is asked for would not give the reference's logits back.
-        MemoryError: it would take more memory than is free, here or on another rank.
-    """
+    """Choose what is kept of `tokens` compared tokens, or else computed at each call."""
     asked = options.cache
     if asked is None:
         if source.drifts:
@@ -67,8 +61,7 @@ def choose_kind(options: Reference, model: nn.Module, source: ReferenceSource, t
     if asked == "hidden" and not (frozen or copied):
         raise ValueError(
             "cache is 'hidden', but the output head belongs to a second model, or is trained and no plain "
-            "nn.Linear without hooks and shards, of which a copy could be kept: hidden states would not give "
-            "the reference's logits back. Use 'logits' or 'top_k'."
+            "nn.Linear without hooks and shards, of which a copy could be kept. Use 'logits' or 'top_k'."
         )
     values = tokens * next(head.parameters()).element_size()
     sizes: dict[Cache, int] = {
@@ -104,7 +97,6 @@ def _require_memory(size: int) -> None:
     needed = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_any_rank(needed > free):
         raise MemoryError(
-            f"The reference takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Give "
-            "fewer or shorter safety rows; Reference(cache='top_k'), which is smaller and not exact; or, "
-            "with adapters or a ref_model, Reference(cache=None), which computes it at each call."
+            f"The reference takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Give fewer "
+            "or shorter rows, Reference(cache='top_k'), or, with adapters or ref_model, Reference(cache=None)."
         )

@@ -55,11 +55,7 @@ class Reading:
         return self.kind.divergence(entry, output.logits)
 
     def keep(self, options: Reference, parts: Iterator[Part]) -> None:
-        """Read the reference from its file if there is one, else compute it on all parts, and keep it there.
-
-        Raises:
-            ValueError: the model is no longer the reference, or the file is of another one.
-        """
+        """Read the reference from its file if there is one, else compute it on `parts` and keep it."""
         path = None if options.file is None else Path(options.file)
         drifted = options.resumed and self.source.drifts
         if path is not None and path.exists():

@@ -18,10 +18,8 @@ class ReferenceSource:
     """A model that P_ref is computed from."""
 
     model: nn.Module
-    shares_head: bool = True
-    """Whether its output head is that of the model, which then gives its logits back from hidden states."""
-    drifts: bool = False
-    """Whether fine-tuning changes it, so that it has to be kept before."""
+    shares_head: bool = True  # with the model, which then gives its logits back from hidden states
+    drifts: bool = False  # fine-tuning changes it, so that it has to be kept before
 
     @contextmanager
     def open(self) -> Iterator[nn.Module]:
@@ -70,15 +68,14 @@ class AdaptersOff(ReferenceSource):
         merged = [name for name, module in self.model.named_modules() if is_merged(module)]
         if merged:
             raise ValueError(
-                f"Adapters are merged into {len(merged)} layers (first: {merged[0]}), so switching them "
-                f"off does not give the aligned model back. Call unmerge_adapter() first, {advice}"
+                f"Adapters are merged into {len(merged)} layers (first: {merged[0]}), so switching them off "
+                f"does not give the aligned model back. Call unmerge_adapter() first, {advice}"
             )
         trained = [name for name, tensor in self.named_parameters() if tensor.requires_grad]
         if trained:
             raise ValueError(
                 f"{len(trained)} trainable parameters are outside the adapters (first: {trained[0]}), so "
-                "switching adapters off will not give the aligned model back. Freeze them (no "
-                f"modules_to_save, bias='none'), {advice}"
+                f"it is no longer aligned without them. Freeze them (no modules_to_save, bias='none'), {advice}"
             )
 
 
@@ -90,8 +87,7 @@ def reference_source(model: nn.Module, ref_model: nn.Module | None = None) -> Re
         if shared:
             raise ValueError(
                 f"The reference shares {len(shared)} trainable parameters with the model (first: "
-                f"{shared[0]}), so it would drift along with it. Give a copy.deepcopy of the model made "
-                "before training, or leave ref_model out to cache the model as it is now."
+                f"{shared[0]}), and would drift with it. Give a copy.deepcopy of before, or no ref_model."
             )
         return ReferenceSource(ref_model, shares_head=False)
     if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):

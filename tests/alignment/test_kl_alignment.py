@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import as_batches
+from safegrad_optim.batches import SafetySource, as_batches
 from safegrad_optim.reference import reference_source
 from tests.support.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
 
