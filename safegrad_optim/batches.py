@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -64,31 +63,6 @@ def position_mask(batch: Batch, positions: Positions) -> Tensor:
     return torch.nn.functional.pad(compared[:, 1:], (0, 1))
 
 
-@dataclass
-class BatchOrder:
-    """Endless order over `count` batches: each epoch a new permutation, a function of the seed alone."""
-
-    count: int
-    seed: int
-    taken: int = 0
-
-    def peek(self) -> int:
-        """Return the index of the next batch without taking it."""
-        epoch, position = divmod(self.taken, self.count)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return int(torch.randperm(self.count, generator=generator)[position])
-
-    def load(self, saved: Mapping[str, int]) -> None:
-        """Go on where the fields of another order of as many batches and the same seed were saved."""
-        for key in ("count", "seed"):
-            if saved[key] != getattr(self, key):
-                raise ValueError(
-                    f"The saved order of safety batches has {key} {saved[key]}, this one "
-                    f"{getattr(self, key)}. Build it from the safety batches and seed of the saved run."
-                )
-        self.taken = saved["taken"]
-
-
 class SafetySource:
     """Safety batches whose loss is a mean of its own, which counts `weight` times in the alignment loss.
 
@@ -99,7 +73,8 @@ class SafetySource:
         self.batches = batches
         self.positions = positions
         self.weight = weight
-        self.order = BatchOrder(len(batches), seed)
+        self.seed = seed
+        self.taken = 0
 
     @cached_property
     def digest(self) -> str:
@@ -112,6 +87,27 @@ class SafetySource:
                 tensor = value.contiguous()
                 contents.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
         return contents.hexdigest()
+
+    def next_index(self) -> int:
+        """Return the index of the next batch: each epoch is a new permutation, set by the seed alone."""
+        epoch, position = divmod(self.taken, len(self.batches))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return int(torch.randperm(len(self.batches), generator=generator)[position])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the order of batches."""
+        return {"count": len(self.batches), "seed": self.seed, "taken": self.taken}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was saved, with as many batches and the same seed."""
+        own = self.state_dict()
+        for key in ("count", "seed"):
+            if state[key] != own[key]:
+                raise ValueError(
+                    f"The saved order of safety batches has {key} {state[key]}, this one {own[key]}. Build "
+                    "it from the safety batches and seed of the saved run."
+                )
+        self.taken = state["taken"]
 
     def tokens(self, index: int) -> int:
         """Return the number of compared tokens of a batch, on all ranks together."""
@@ -139,8 +135,8 @@ class SafetySource:
 def _tensors(item: Any, index: int) -> Batch:
     if not isinstance(item, Mapping):
         raise TypeError(
-            f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs, as a "
-            "tokenizer and collator make."
+            f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs with "
+            "'labels'."
         )
     for name in ("input_ids", "labels"):
         if name not in item:

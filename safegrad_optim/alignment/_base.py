@@ -2,14 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safegrad_optim._torch_private import divide_all_
-from safegrad_optim.batches import BatchOrder, Part, Positions, SafetyBatches, SafetySource, as_batches
+from safegrad_optim.batches import Part, Positions, SafetyBatches, SafetySource, as_batches
 from safegrad_optim.forward import autocast, unchanged_evaluation
 from safegrad_optim.parallel import (
     inner_module,
@@ -47,9 +46,8 @@ class Alignment(ABC):
         batches = as_batches(safety_batches, positions=positions, batch_size=batch_size)
         self._sources = (SafetySource(batches, positions=positions, seed=seed),)
         self._share = share_of(self.model)
-        digest = self._sources[0].digest[:12]
         require_same(
-            {"safety batches": digest, "seed": seed, "autocast_dtype": autocast_dtype},
+            {"safety batches": self._sources[0].digest[:12], "seed": seed, "autocast_dtype": autocast_dtype},
             "Give every rank all safety rows and the same options; rows are split over ranks in here.",
         )
         self.autocast_dtype = autocast_dtype
@@ -89,7 +87,7 @@ class Alignment(ABC):
                 for tensor, grad in stashed.items():
                     tensor.grad = grad
         for source in self._sources:
-            source.order.taken += 1
+            source.taken += 1
         return grads
 
     def _scaled_backward(
@@ -138,7 +136,7 @@ class Alignment(ABC):
     def _losses(self, index: int | None = None) -> Iterator[Tensor]:
         """Yield the losses of the next batch of each source, or of a certain one, by their weights."""
         for source in self._sources:
-            place = source.order.peek() if index is None else index
+            place = source.next_index() if index is None else index
             for loss in self._source_losses(source, place):
                 yield loss if source.weight == 1.0 else source.weight * loss
 
@@ -151,20 +149,20 @@ class Alignment(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the order of safety batches; `SafeGradOptimizer.state_dict` contains it."""
         state: dict[str, Any] = {"fp16_scale": self._fp16_scale}
-        for suffix, order in self._orders():
-            state |= {name + suffix: value for name, value in asdict(order).items()}
+        for suffix, source in self._named_sources():
+            state |= {name + suffix: value for name, value in source.state_dict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the batch that was next when `state` was saved, of as many batches and the same seed."""
-        for suffix, order in self._orders():
-            order.load({name: state[name + suffix] for name in asdict(order)})
+        for suffix, source in self._named_sources():
+            source.load_state_dict({name: state[name + suffix] for name in source.state_dict()})
         self._fp16_scale = state["fp16_scale"]
 
-    def _orders(self) -> Iterator[tuple[str, BatchOrder]]:
-        """The order of each source, and how its names end in a state: the first's as if it were alone."""
+    def _named_sources(self) -> Iterator[tuple[str, SafetySource]]:
+        """The sources, each with how its names end in a state: those of the first as if it were alone."""
         for number, source in enumerate(self._sources):
-            yield f"_{number}" if number else "", source.order
+            yield f"_{number}" if number else "", source
 
 
 def _unscale_(grads: list[Tensor], scale: float) -> bool:

@@ -12,14 +12,7 @@ from safegrad_optim.alignment._old_arguments import naming_the_new
 from safegrad_optim.batches import Positions, SafetyBatches, SafetySource
 from safegrad_optim.forward import unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
-from safegrad_optim.reference import (
-    Reading,
-    Reference,
-    ReferenceCache,
-    ReferenceSource,
-    choose_kind,
-    reference_source,
-)
+from safegrad_optim.reference import Reading, Reference, ReferenceCache, ReferenceSource, reference_source
 
 # In nats a token. A model and its reference differ by less in bf16; an unaligned one by far more.
 _MAX_START_KL = 0.05
@@ -114,11 +107,9 @@ class KLAlignment(Alignment):
 
     def _reading(self, options: Reference, origin: ReferenceSource, source: SafetySource) -> Reading:
         """P_ref on one source of safety rows; kept here, before training changes the model."""
-        indices = range(len(source.batches))
-        own_tokens = -(-sum(map(source.tokens, indices)) // self._share.size)
-        kind = choose_kind(options, self.model, origin, own_tokens)
-        reading = Reading(origin, kind, self.autocast_dtype, source.digest)
+        reading = Reading(options, self.model, origin, source, self._share, self.autocast_dtype)
         if options.cache is not None:
+            indices = range(len(source.batches))
             parts = (self._parts(source, index, self.micro_batch_size) for index in indices)
             reading.keep(options, chain.from_iterable(parts))
         return reading

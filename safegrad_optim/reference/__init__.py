@@ -13,10 +13,8 @@ ValueError: cache is 'some', expected one of ('exact', 'hidden', 'logits', 'top_
 
 from safegrad_optim.divergence import top_k_kl_divergence
 from safegrad_optim.reference._cache import ReferenceCache
-from safegrad_optim.reference._kind import choose_kind
-from safegrad_optim.reference._options import Reference
 from safegrad_optim.reference._reading import Reading
-from safegrad_optim.reference._source import ReferenceSource, reference_source
+from safegrad_optim.reference._source import Reference, ReferenceSource, reference_source
 
 __all__ = ["Reference", "ReferenceCache", "top_k_kl_divergence"]
-__all__ += ["Reading", "ReferenceSource", "choose_kind", "reference_source"]  # for the packages above
+__all__ += ["Reading", "ReferenceSource", "reference_source"]  # for the packages above

@@ -12,34 +12,27 @@ from torch import Tensor
 
 from safegrad_optim.parallel import local, sum_of_shards
 
-# Digests of everything that makes a reference what it is, by name, as the metadata of a file has them.
-Fingerprint = dict[str, str]
-
 _FORMAT = "safegrad_optim reference 2"
 _HEAD = "head"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(named_parameters: Iterable[tuple[str, Tensor]], batches: str, precision: str) -> Fingerprint:
-    """Compute the fingerprint of what a reference gives; its `weights`, of all bits, any training changes."""
+def fingerprint(
+    named_parameters: Iterable[tuple[str, Tensor]], batches: str, precision: str
+) -> dict[str, str]:
+    """Digest all that makes a reference what it is; any training changes "weights"."""
     architecture, weights = hashlib.sha256(), hashlib.sha256()
-    parameters = dict(named_parameters)
-    for name, tensor in parameters.items():
+    tensors, sums = [], []
+    for name, tensor in named_parameters:
         architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    sums = [_bit_sum(local(tensor)) for tensor in parameters.values()]
-    for value in sum_of_shards(list(parameters.values()), sums):
+        tensors.append(tensor)
+        # The sum of its bit patterns modulo 2^64: exact, and the same on every device.
+        bits = local(tensor).detach().view(_BITS[tensor.element_size()])
+        sums.append(int(bits.sum(dtype=torch.int64)))
+    for value in sum_of_shards(tensors, sums):
         weights.update(value.to_bytes(8, "little", signed=True))
-    return {
-        "batches": batches,
-        "precision": precision,
-        "architecture": architecture.hexdigest(),
-        "weights": weights.hexdigest(),
-    }
-
-
-def _bit_sum(tensor: Tensor) -> int:
-    """Sum of a tensor's bit patterns modulo 2^64: exact, and the same on every device."""
-    return int(tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64))
+    digests = {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
+    return {"batches": batches, "precision": precision, **digests}
 
 
 @dataclass
@@ -56,7 +49,7 @@ class ReferenceCache:
         """Bytes held."""
         return sum(tensor.nbytes for entry in (*self.entries, self.head) for tensor in entry)
 
-    def save(self, path: Path, identity: Fingerprint) -> None:
+    def save(self, path: Path, identity: dict[str, str]) -> None:
         """Write the cache and its fingerprint to a safetensors file, complete or not at all."""
         from safetensors.torch import save_file
 
@@ -74,8 +67,8 @@ class ReferenceCache:
 
     @classmethod
     def load(
-        cls, path: Path, own: Fingerprint, *, check_weights: bool
-    ) -> tuple["ReferenceCache", Fingerprint]:
+        cls, path: Path, own: dict[str, str], *, check_weights: bool
+    ) -> tuple["ReferenceCache", dict[str, str]]:
         """Read a cache and its fingerprint, whose weights may be others where the model was trained on."""
         from safetensors import safe_open
 
@@ -90,7 +83,7 @@ class ReferenceCache:
         return cache, {name: metadata[name] for name in own}
 
 
-def _check(path: Path, metadata: dict[str, str], identity: Fingerprint, check_weights: bool) -> None:
+def _check(path: Path, metadata: dict[str, str], identity: dict[str, str], check_weights: bool) -> None:
     if metadata.get("format") != _FORMAT:
         raise ValueError(
             f"{path} is no cached reference (format {metadata.get('format')!r}, expected {_FORMAT!r}). Give "

@@ -1,8 +1,13 @@
-"""Where P_ref comes from: adapters switched off, a frozen second model, or the model as it is now."""
+"""Where P_ref comes from: adapters switched off, a frozen second model, or the model as it is now.
+
+`Reference` is how the user says it, and where it is kept; `ReferenceSource` the model that it is.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +16,42 @@ from safegrad_optim._peft_private import adapter_parameters, is_merged
 from safegrad_optim.batches import Part
 from safegrad_optim.forward import Outputs, forward_at, unchanged_evaluation
 from safegrad_optim.parallel import synchronized
+
+Cache = Literal["exact", "hidden", "logits", "top_k"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where P_ref comes from, and where it is kept.
+
+    By default it is the model with its PEFT adapters switched off, or, without adapters, the model as it is
+    when the alignment is built; computed once and kept exactly, on the CPU.
+
+    Args:
+        ref_model: a frozen aligned model instead.
+        cache: what is kept of each token. "hidden", the final hidden state and a copy of the output head
+            where that is trained, and "logits" are exact; "exact" is the smaller of the two. "top_k" keeps
+            `top_k` log-probabilities and the mass of all others, see `top_k_kl_divergence`. `None` keeps
+            nothing and computes P_ref anew at each call.
+        file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
+        resumed: the model has been fine-tuned already, so it may differ from its reference. Without adapters
+            this needs the `file` of the run that is resumed, or `ref_model`.
+
+    Raises:
+        ValueError: `cache` is unknown, or is `None` with a `file`.
+    """
+
+    ref_model: nn.Module | None = None
+    cache: Cache | None = "exact"
+    top_k: int = 128
+    file: str | PathLike[str] | None = None
+    resumed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cache not in (None, *get_args(Cache)):
+            raise ValueError(f"cache is {self.cache!r}, expected one of {get_args(Cache)} or None.")
+        if self.cache is None and self.file is not None:
+            raise ValueError("file is given but cache=None keeps nothing. Leave out one of them.")
 
 
 @dataclass
@@ -75,7 +116,7 @@ class AdaptersOff(ReferenceSource):
         if trained:
             raise ValueError(
                 f"{len(trained)} trainable parameters are outside the adapters (first: {trained[0]}), so "
-                f"it is no longer aligned without them. Freeze them (no modules_to_save, bias='none'), {advice}"
+                f"what is without them changes. Freeze them (no modules_to_save, bias='none'), {advice}"
             )
 
 
