@@ -3,6 +3,7 @@
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,12 @@ def kl_divergence(ref_logits: Tensor, logits: Tensor, *, chunk_size: int = 16) -
     sum_t sum_v P_ref(v|t) (log P_ref(v|t) - log P_model(v|t))    (Eq. 6 is this by the number of tokens)
 
     The gradient by `logits` is P_model - P_ref, exactly zero where the rows are equal. Beyond it, forward
-    and backward hold `chunk_size` tokens at a time in that precision.
+    and backward hold `chunk_size` rows at a time.
 
     Args:
         ref_logits: logits or log-probabilities of the reference, (tokens, vocabulary); no gradient.
         logits: logits of the model, same shape.
+        chunk_size: number of tokens handled at a time.
 
     Raises:
         ValueError: shapes differ or are not 2-D, there is no token, or `chunk_size` is not positive.
@@ -44,10 +46,8 @@ class _KLDivergence(torch.autograd.Function):
     def forward(ctx: Any, ref_logits: Tensor, logits: Tensor, chunk_size: int) -> Tensor:
         ctx.save_for_backward(ref_logits, logits)
         ctx.chunk_size = chunk_size
-        total = logits.new_zeros((), dtype=_wide(logits))
-        for ref_chunk, chunk in zip(ref_logits.split(chunk_size), logits.split(chunk_size), strict=True):
-            total += _sum_of_kl(_log_softmax(ref_chunk), _log_softmax(chunk))
-        return total
+        chunks = zip(ref_logits.split(chunk_size), logits.split(chunk_size), strict=True)
+        return reduce(torch.add, (_sum_of_kl(*map(_log_softmax, pair)) for pair in chunks))
 
     @staticmethod
     @once_differentiable
@@ -122,9 +122,5 @@ def _sum_of_kl(ref_log_probs: Tensor, log_probs: Tensor) -> Tensor:
     return terms.masked_fill(ref_probs == 0, 0.0).sum()
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1, dtype=_wide(logits))
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -87,8 +87,8 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
             f"Expected logits of {rows} positions from one call of the output head, found "
-            f"{tuple(logits.shape)} from {len(kept)}. Pass the original of a compiled or copied model, which "
-            "ignores hooks."
+            f"{tuple(logits.shape)} from {len(kept)}. A compiled model, or a copy of one whose forward was "
+            "replaced, ignores hooks: pass the original module."
         )
     return Outputs(kept[0], logits.squeeze(0), precision[0])
 

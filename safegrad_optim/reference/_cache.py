@@ -74,26 +74,22 @@ class ReferenceCache:
 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check(path, metadata, own, check_weights)
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{path} is no cached reference: format {metadata.get('format')!r}, expected "
+                    f"{_FORMAT!r}. Give another file, or delete this one."
+                )
+            for field, expected in own.items():
+                if metadata[field] != expected and (field != "weights" or check_weights):
+                    resumed = "; if fine-tuned since, give Reference(resumed=True)" * (field == "weights")
+                    raise ValueError(
+                        f"{path} is the reference of other {field}: found {metadata[field]:.40}, expected "
+                        f"{expected:.40}. Restore the original {field}{resumed}; or, before any fine-tuning, "
+                        "give another file to compute it anew."
+                    )
             groups = groupby(sorted(file.keys()), key=lambda key: key.partition(".")[0])
             entries = {name: tuple(map(file.get_tensor, keys)) for name, keys in groups}
         # Not left in the mapping, whose alignment in memory is another than that of the original.
         head = tuple(tensor.clone() for tensor in entries.pop(_HEAD, ()))
         cache = cls(list(entries.values()), metadata["kind"], metadata["dtypes"], head)
         return cache, {name: metadata[name] for name in own}
-
-
-def _check(path: Path, metadata: dict[str, str], identity: dict[str, str], check_weights: bool) -> None:
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is no cached reference (format {metadata.get('format')!r}, expected {_FORMAT!r}). Give "
-            "another file, or delete this one."
-        )
-    for field, expected in identity.items():
-        if metadata[field] != expected and (field != "weights" or check_weights):
-            resumed = " If the model was fine-tuned since, give Reference(resumed=True)."
-            raise ValueError(
-                f"{path} is the reference of other {field}: found {metadata[field]:.40}, expected "
-                f"{expected:.40}. Restore the original {field}; or, before any fine-tuning, give another "
-                f"file to compute it anew.{resumed if field == 'weights' else ''}"
-            )

@@ -1,7 +1,4 @@
-"""Where P_ref comes from: adapters switched off, a frozen second model, or the model as it is now.
-
-`Reference` is how the user says it, and where it is kept; `ReferenceSource` the model that it is.
-"""
+"""Where P_ref comes from: adapters switched off, a frozen second model, or the model as it is now."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +30,7 @@ class Reference:
             where that is trained, and "logits" are exact; "exact" is the smaller of the two. "top_k" keeps
             `top_k` log-probabilities and the mass of all others, see `top_k_kl_divergence`. `None` keeps
             nothing and computes P_ref anew at each call.
+        top_k: number of log-probabilities that "top_k" keeps.
         file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
         resumed: the model has been fine-tuned already, so it may differ from its reference. Without adapters
             this needs the `file` of the run that is resumed, or `ref_model`.
@@ -116,7 +114,8 @@ class AdaptersOff(ReferenceSource):
         if trained:
             raise ValueError(
                 f"{len(trained)} trainable parameters are outside the adapters (first: {trained[0]}), so "
-                f"what is without them changes. Freeze them (no modules_to_save, bias='none'), {advice}"
+                "switching adapters off will not give the aligned model back. Freeze them (no "
+                f"modules_to_save, bias='none'), {advice}"
             )
 
 
@@ -128,7 +127,8 @@ def reference_source(model: nn.Module, ref_model: nn.Module | None = None) -> Re
         if shared:
             raise ValueError(
                 f"The reference shares {len(shared)} trainable parameters with the model (first: "
-                f"{shared[0]}), and would drift with it. Give a copy.deepcopy of before, or no ref_model."
+                f"{shared[0]}), so it would drift along. Give a copy.deepcopy of the model made before "
+                "training, or leave ref_model out to cache the model as it is now."
             )
         return ReferenceSource(ref_model, shares_head=False)
     if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
