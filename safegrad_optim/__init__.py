@@ -1,8 +1,7 @@
 """SafeGrad inside the optimizer: fine-tune a safety-aligned LLM without losing its refusals.
 
-Wrap the optimizer of any training script. At each step the user gradient loses its component against
-the alignment gradient, the gradient of KL(P_ref || P_model) on a small safety batch, which is then
-added with weight `rho`:
+At each step the user gradient loses its component against the alignment gradient, that of
+KL(P_ref || P_model) on a small safety batch, which is then added with weight `rho`:
 
     from safegrad_optim import KLAlignment, SafeGradOptimizer
 
@@ -34,21 +33,7 @@ from safegrad_optim.surgery import (
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GradientProducts",
-    "KLAlignment",
-    "LossAlignment",
-    "Reference",
-    "SafeGradOptimizer",
-    "StepCounts",
-    "SurgeryStats",
-    "UnprotectedStepError",
-    "combine",
-    "combine_",
-    "inner_products",
-    "is_refusal",
-    "kl_divergence",
-    "project_conflicting",
-    "safety_rows",
-    "with_prompt_prefixes",
-]
+__all__ = ["KLAlignment", "LossAlignment", "Reference", "kl_divergence"]
+__all__ += ["GradientProducts", "SafeGradOptimizer", "StepCounts", "SurgeryStats", "UnprotectedStepError"]
+__all__ += ["combine", "combine_", "inner_products", "project_conflicting"]
+__all__ += ["is_refusal", "safety_rows", "with_prompt_prefixes"]

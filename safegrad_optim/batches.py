@@ -1,67 +1,54 @@
-"""Safety batches: from whatever the user has to a checked list, and the order they are taken in."""
+"""Safety batches: from whatever the user has to a checked list, their order, and the parts of a rank."""
 
 import ctypes
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from safegrad_optim.parallel import Share
 
 IGNORE_INDEX = -100
 Positions = Literal["response", "all"]
 
 Batch = dict[str, Tensor]
 SafetyBatches = Iterable[Mapping[str, Any]] | Mapping[str, Any]
-_PADDING = {"labels": IGNORE_INDEX}
 
 
 class Part(NamedTuple):
     """Some rows of a safety batch, on the model's device."""
 
-    inputs: Batch
-    """Model inputs, without labels."""
-    mask: Tensor
-    """The compared positions, (rows, length) bool."""
+    inputs: Batch  # without labels
+    mask: Tensor  # the compared positions, (rows, length) bool
     labels: Tensor
-    weight: float
-    """1, or 0 where another rank's rows are run to keep pace."""
-    batch: int
-    """The index of its batch."""
-    tokens: slice
-    """Its compared tokens among all those that this rank computes of the batch."""
+    weight: float  # 1, or 0 where another rank's rows are run to keep pace
+    batch: int  # the index of its batch
+    tokens: slice  # its compared tokens among all those that this rank computes of the batch
 
 
-def as_batches(
-    safety_batches: SafetyBatches,
-    *,
-    positions: Positions,
-    batch_size: int,
-) -> list[Batch]:
+def as_batches(safety_batches: SafetyBatches, *, positions: Positions, batch_size: int) -> list[Batch]:
     """Return safety batches as a list of right-padded model inputs, each checked.
 
     They are batches of 2-D `input_ids` and `labels` (a list, a DataLoader, or one batch), or single 1-D
     rows (a list or a Dataset), which are grouped by `batch_size` in their order.
-
-    Raises:
-        ValueError: there is no batch, or one lacks `labels`, has odd shapes, or no response token;
-            `positions` is unknown.
-        TypeError: an entry is no mapping of tensors.
     """
     if positions not in get_args(Positions):
         raise ValueError(f"positions is {positions!r}, expected 'response' or 'all'.")
     items = [safety_batches] if isinstance(safety_batches, Mapping) else list(safety_batches)
     if not items:
         raise ValueError("The safety batches are empty. Give at least one batch with a response.")
-    tensors = [_tensors(item, index) for index, item in enumerate(items)]
-    if all(item["labels"].dim() == 1 for item in tensors):
+    batches = [_tensors(item, index) for index, item in enumerate(items)]
+    if all(item["labels"].dim() == 1 for item in batches):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
-        starts = range(0, len(tensors), batch_size)
-        tensors = [_pad_together(tensors[start : start + batch_size]) for start in starts]
-    for index, batch in enumerate(tensors):
+        starts = range(0, len(batches), batch_size)
+        batches = [_pad_together(batches[start : start + batch_size]) for start in starts]
+    for index, batch in enumerate(batches):
         _check(batch, index, positions)
-    return tensors
+    return batches
 
 
 def position_mask(batch: Batch, positions: Positions) -> Tensor:
@@ -71,71 +58,91 @@ def position_mask(batch: Batch, positions: Positions) -> Tensor:
     "all" where token t + 1 is not padding.
     """
     labels = batch["labels"]
-    if positions == "response":
-        compared = labels != IGNORE_INDEX
-    else:
-        compared = batch.get("attention_mask", torch.ones_like(labels)).bool()
-    mask = torch.zeros_like(compared)
-    mask[:, :-1] = compared[:, 1:]
-    return mask
+    everything = batch.get("attention_mask", torch.ones_like(labels)).bool()
+    compared = labels != IGNORE_INDEX if positions == "response" else everything
+    return torch.nn.functional.pad(compared[:, 1:], (0, 1))
 
 
-def contents_digest(batches: list[Batch], positions: Positions) -> str:
-    """Return a SHA-256 digest of the contents of safety batches and of which positions are compared."""
-    contents = hashlib.sha256(positions.encode())
-    for batch in batches:
-        for name in sorted(batch):
-            contents.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype}\n".encode())
-            # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
-            tensor = batch[name].contiguous()
-            contents.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
-    return contents.hexdigest()
+class SafetySource:
+    """Safety batches whose loss is a mean of its own, which counts `weight` times in the alignment loss.
 
+    L_align = sum over sources of weight x mean over the compared tokens of its next batch
+    """
 
-class BatchOrder:
-    """Endless order over `count` batches: each epoch a new permutation, a function of the seed alone."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count = count
+    def __init__(self, batches: list[Batch], *, positions: Positions, seed: int, weight: float = 1.0) -> None:
+        self.batches = batches
+        self.positions = positions
+        self.weight = weight
         self.seed = seed
         self.taken = 0
 
-    def peek(self) -> int:
-        """Return the index of the next batch without taking it."""
-        epoch, position = divmod(self.taken, self.count)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return int(torch.randperm(self.count, generator=generator)[position])
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the contents of the batches and of which positions are compared."""
+        contents = hashlib.sha256(self.positions.encode())
+        for batch in self.batches:
+            for name, value in sorted(batch.items()):
+                contents.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+                # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
+                tensor = value.contiguous()
+                contents.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+        return contents.hexdigest()
 
-    def advance(self) -> None:
-        """Take the next batch."""
-        self.taken += 1
+    def next_index(self) -> int:
+        """Return the index of the next batch: each epoch is a new permutation, set by the seed alone."""
+        epoch, position = divmod(self.taken, len(self.batches))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return int(torch.randperm(len(self.batches), generator=generator)[position])
 
     def state_dict(self) -> dict[str, int]:
-        """Return what `load_state_dict` needs to go on with the same next batch."""
-        return {"count": self.count, "seed": self.seed, "taken": self.taken}
+        """Return the place in the order of batches."""
+        return {"count": len(self.batches), "seed": self.seed, "taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where `state` was saved, with as many batches and the same seed."""
-        for key, own in (("count", self.count), ("seed", self.seed)):
-            if state[key] != own:
+        own = self.state_dict()
+        for key in ("count", "seed"):
+            if state[key] != own[key]:
                 raise ValueError(
-                    f"The saved order of safety batches has {key} {state[key]}, this one {own}. Build "
-                    "it from the same safety batches and seed as the run that saved it."
+                    f"The saved order of safety batches has {key} {state[key]}, this one {own[key]}. Build "
+                    "it from the safety batches and seed of the saved run."
                 )
         self.taken = state["taken"]
+
+    def tokens(self, index: int) -> int:
+        """Return the number of compared tokens of a batch, on all ranks together."""
+        return int(position_mask(self.batches[index], self.positions).sum())
+
+    def parts(self, index: int, share: Share, device: torch.device, size: int | None) -> Iterator[Part]:
+        """Yield a rank's share of a batch, `size` rows at a time, and as many parts on every rank."""
+        batch = self.batches[index]
+        mask = position_mask(batch, self.positions)
+        shares = [_row_groups(mask, Share(rank, share.size), size) for rank in range(share.size)]
+        own = shares[share.rank]
+        # Where others have more rows, some row once more, for nothing but the collectives in the passes.
+        spare = own[0] if own else mask.any(dim=1).nonzero()[:1, 0]
+        done = 0
+        for number, rows in enumerate(own + [spare] * (max(map(len, shares)) - len(own))):
+            counts = number < len(own)
+            chosen = batch if len(rows) == len(mask) else _select(batch, rows)
+            tensors = {name: value.to(device) for name, value in chosen.items()}
+            labels = tensors.pop("labels")
+            start = done if counts else 0
+            done = start + int(mask[rows].sum())
+            yield Part(tensors, mask[rows].to(device), labels, float(counts), index, slice(start, done))
 
 
 def _tensors(item: Any, index: int) -> Batch:
     if not isinstance(item, Mapping):
         raise TypeError(
             f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs with "
-            "'labels', as a tokenizer and collator make."
+            "'labels'."
         )
     for name in ("input_ids", "labels"):
         if name not in item:
             raise ValueError(
-                f"Safety batch {index} has {sorted(item)} but no '{name}'. Give model inputs with "
-                f"labels that are {IGNORE_INDEX} outside the response."
+                f"Safety batch {index} has {sorted(item)} but no '{name}'. Give model inputs with labels "
+                f"that are {IGNORE_INDEX} outside the response."
             )
     batch = {}
     for name, value in item.items():
@@ -153,24 +160,39 @@ def _pad_together(rows: list[Batch]) -> Batch:
     rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"Safety rows have different fields: {[sorted(row) for row in rows]}.")
-    return {
-        name: torch.nn.utils.rnn.pad_sequence(
-            [row[name] for row in rows], batch_first=True, padding_value=_PADDING.get(name, 0)
-        )
-        for name in rows[0]
-    }
+    batch = {}
+    for name in rows[0]:
+        padding = IGNORE_INDEX if name == "labels" else 0
+        batch[name] = torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, padding)
+    return batch
 
 
 def _check(batch: Batch, index: int, positions: Positions) -> None:
     input_ids, labels = batch["input_ids"], batch["labels"]
     if input_ids.dim() != 2 or input_ids.shape != labels.shape:
         raise ValueError(
-            f"Safety batch {index}: input_ids {tuple(input_ids.shape)} and labels "
-            f"{tuple(labels.shape)} have to be of one shape (rows, length)."
+            f"Safety batch {index}: input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)} "
+            "have to be of one shape (rows, length)."
         )
     if not position_mask(batch, positions).any():
         raise ValueError(
-            f"Safety batch {index} has no response token: all labels after the first are "
-            f"{IGNORE_INDEX}. Label the response tokens with their ids; check that truncation has "
-            "not cut the responses away."
+            f"Safety batch {index} has no response token: all labels after the first are {IGNORE_INDEX}. "
+            "Label the response tokens with their ids; check that truncation has not cut them away."
         )
+
+
+def _row_groups(mask: Tensor, share: Share, size: int | None) -> list[Tensor]:
+    """Rows of one share in groups of `size`, without groups that have nothing to compare."""
+    groups = torch.arange(len(mask))[share.rank :: share.size].split(size or len(mask))
+    return [group for group in groups if mask[group].any()]
+
+
+def _select(batch: Batch, rows: Tensor) -> Batch:
+    count = len(batch["labels"])
+    for name, value in batch.items():
+        if value.shape[:1] != (count,):
+            raise ValueError(
+                f"'{name}' of a safety batch has shape {tuple(value.shape)}, not one entry for each of the "
+                f"{count} rows, which are split over ranks or micro-batches. Leave it out or expand it."
+            )
+    return {name: value[rows] for name, value in batch.items()}

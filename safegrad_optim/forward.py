@@ -5,7 +5,7 @@ the model's own forward, for any architecture, so that (rows x length x vocabula
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,37 +19,20 @@ from safegrad_optim.parallel import device_type, whole
 class Outputs(NamedTuple):
     """What a model gives at the kept positions of a batch."""
 
-    hidden: Tensor
-    """Hidden states before the head, (tokens, hidden size)."""
-    logits: Tensor
-    """Logits, (tokens, vocabulary), as the model returns them."""
+    hidden: Tensor  # before the head, (tokens, hidden size)
+    logits: Tensor  # as the model returns them, (tokens, vocabulary)
+    # Dtypes at the head: accelerate makes the logits of any model it has prepared fp32 afterwards.
     precision: str
-    """Dtypes at the head: accelerate makes the logits of any model it has prepared fp32 afterwards."""
-
-
-class FinalStates(NamedTuple):
-    """What a reference gave before its output head, and that head if it is not the model's."""
-
-    hidden: Tensor
-    """Hidden states before the head, (tokens, hidden size)."""
-    head: tuple[Tensor, ...] = ()
-    """Weight and, where there is one, bias of the head; empty for the model's own."""
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """Return the module that maps final hidden states to logits.
-
-    Raises:
-        TypeError: the model does not name one by `get_output_embeddings()`.
-        NotImplementedError: the model is an encoder-decoder.
-    """
+    """Return the module that maps final hidden states to logits."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NotImplementedError(
-            f"{type(model).__name__} is an encoder-decoder; the alignment loss is for decoder-only "
-            "language models. Pass your own callable as alignment."
+            f"{type(model).__name__} is an encoder-decoder; the alignment loss is for decoder-only language "
+            "models. Pass your own callable as alignment."
         )
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Module):
         raise TypeError(
             f"{type(model).__name__} has no output head: get_output_embeddings() is missing or gives "
@@ -58,21 +41,11 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: FinalStates | None = None) -> Outputs:
-    """Run the model and return hidden states and logits at the positions of `mask` only.
+def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor, ...] = ()) -> Outputs:
+    """Run the model and return what it gives at the positions of `mask`, (rows, length) bool, only.
 
-    Args:
-        model: a causal language model whose output has `.logits`.
-        inputs: model inputs on the model's device, without labels.
-        mask: positions to keep, (rows, length) bool.
-        ref: states to send through their head after the kept ones, and through whatever the model does to
-            its logits afterwards.
-
-    Returns:
-        Hidden states, logits and their precision; with `ref`, twice as many rows of logits.
-
-    Raises:
-        RuntimeError: the model did not send its hidden states through the head as expected.
+    `ref` are hidden states of a reference and, if its head is not the model's, weight and bias of the head:
+    their logits come last, after whatever the model does to its logits behind the head.
     """
     kept: list[Tensor] = []
     precision: list[str] = []
@@ -86,32 +59,31 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: FinalStates |
             )
         selected = hidden[mask.to(hidden.device)]
         kept.append(selected)
-        if ref is not None and not ref.head:
-            selected = torch.cat([selected, ref.hidden.to(selected)])
+        if len(ref) == 1:
+            selected = torch.cat([selected, ref[0].to(selected)])
         return (selected.unsqueeze(0), *args[1:])
 
     def add_reference(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         precision.append(f"hidden states {args[0].dtype}, logits {output.dtype}")
-        if ref is None or not ref.head:
+        if len(ref) < 2:
             return output
-        hidden, *weights = (tensor.to(output.device) for tensor in (ref.hidden, *ref.head))
+        hidden, *weights = (tensor.to(output.device) for tensor in ref)
         with torch.no_grad():
             ref_logits = nn.functional.linear(hidden.unsqueeze(0), *weights)
         return torch.cat([output, ref_logits], dim=1)
 
     head = output_head(model)
-    # First, before tensor parallelism makes a DTensor of what comes in.
-    handle = head.register_forward_pre_hook(keep_positions, prepend=True)
-    handles = (handle, head.register_forward_hook(add_reference))
-    try:
+    with ExitStack() as stack:
+        # First, before tensor parallelism makes a DTensor of what comes in.
+        stack.enter_context(head.register_forward_pre_hook(keep_positions, prepend=True))
+        stack.enter_context(head.register_forward_hook(add_reference))
+        if is_compiled(model):
+            # The hooks are new in each call, and would recompile it.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Without a config the model is not of transformers and may know no cache.
         options = {"use_cache": False} if hasattr(model, "config") else {}
-        with _uncompiled(model):
-            logits = whole(model(**inputs, **options).logits)
-    finally:
-        for handle in handles:
-            handle.remove()
-    rows = int(mask.sum()) * (1 if ref is None else 2)
+        logits = whole(model(**inputs, **options).logits)
+    rows = int(mask.sum()) * (2 if ref else 1)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
             f"Expected logits of {rows} positions from one call of the output head, found "
@@ -121,52 +93,29 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: FinalStates |
     return Outputs(kept[0], logits.squeeze(0), precision[0])
 
 
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Run a compiled model as it was written: the hook is new in each call, and would recompile it."""
-    if is_compiled(model):
-        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return eager
-    return nullcontext()
-
-
-def check_precision(reference: str, model: str) -> None:
-    """Check that the model runs in the precision of the reference.
-
-    Raises:
-        RuntimeError: the precision has changed since the reference was computed.
-    """
-    if reference != model:
-        raise RuntimeError(
-            f"The reference was computed with {reference}; the model now gives {model}. Build the "
-            "alignment after the model is in its final precision (after accelerator.prepare), or give it "
-            "the autocast_dtype of training."
-        )
-
-
 @contextmanager
-def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
+def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = None) -> Iterator[None]:
     """Run the model in eval mode and restore training flags, buffers and random state exactly.
 
-    Autocast of the surrounding code is off inside, so that the precision is that of the alignment and
-    does not depend on where the optimizer's step is called.
+    Autocast of the surrounding code is off inside, or to `autocast_dtype`, so that the precision does not
+    depend on where the optimizer's step is called.
     """
-    training = [(module, module.training) for module in model.modules()]
+    training = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, version(buffer), buffer.clone())
         for module in model.modules()
         for name, buffer in buffers_of(module).items()
         if buffer is not None
     ]
-    devices = {parameter.device for parameter in model.parameters()}
-    cuda = [device for device in devices if device.type == "cuda"]
+    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     model.eval()
     try:
-        with torch.random.fork_rng(cuda), torch.autocast(device_type_of(model), enabled=False):
+        with torch.random.fork_rng(cuda), autocast(model, autocast_dtype):
             yield
     finally:
         # Weights cast under no_grad have no graph; a later forward would lose its gradients to them.
         torch.clear_autocast_cache()
-        for module, flag in training:
+        for module, flag in training.items():
             module.training = flag
         with torch.no_grad():
             for module, name, buffer, before, value in buffers:
@@ -175,12 +124,8 @@ def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def device_type_of(model: nn.Module) -> str:
-    """Return the type of the device that the model's first parameter is computed with."""
-    return device_type(next(model.parameters()))
-
-
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
-    """Return autocast to `dtype` on the model's device, off where it is `None`."""
+    """Return autocast to `dtype` on the device the model is computed with, off where it is `None`."""
+    device = device_type(next(model.parameters()))
     # Its weight cache would serve weights cast for the reference, without a graph, to the model.
-    return torch.autocast(device_type_of(model), dtype, enabled=dtype is not None, cache_enabled=False)
+    return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)

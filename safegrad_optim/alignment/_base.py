@@ -1,25 +1,29 @@
 """The alignment gradient: the gradient of a loss on safety batches, one tensor per parameter."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim.alignment._fp16 import FIRST_SCALE, is_fp16, unscale_
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import Part, Positions, SafetyBatches, as_batches, contents_digest
+from safegrad_optim._torch_private import divide_all_
+from safegrad_optim.batches import Part, Positions, SafetyBatches, SafetySource, as_batches
 from safegrad_optim.forward import autocast, unchanged_evaluation
 from safegrad_optim.parallel import (
     inner_module,
+    local,
     mean_over_ranks,
+    on_any_rank,
     own_leaves,
     placed_as,
     require_same,
     share_of,
     synchronized,
 )
+
+# Gradients near the reference are below the range of fp16. GradScaler starts here too.
+_FIRST_SCALE = 2.0**16
 
 
 class Alignment(ABC):
@@ -33,7 +37,6 @@ class Alignment(ABC):
         self,
         model: nn.Module,
         safety_batches: SafetyBatches,
-        *,
         positions: Positions,
         batch_size: int,
         seed: int,
@@ -44,17 +47,13 @@ class Alignment(ABC):
         self._sources = (SafetySource(batches, positions=positions, seed=seed),)
         self._share = share_of(self.model)
         require_same(
-            {
-                "safety batches": contents_digest(batches, positions)[:12],
-                "seed": seed,
-                "autocast_dtype": autocast_dtype,
-            },
+            {"safety batches": self._sources[0].digest[:12], "seed": seed, "autocast_dtype": autocast_dtype},
             "Give every rank all safety rows and the same options; rows are split over ranks in here.",
         )
         self.autocast_dtype = autocast_dtype
         self.last_loss: Tensor | None = None
         """Alignment loss of the last call, a 0-dim tensor on the model's device."""
-        self._fp16_scale = FIRST_SCALE
+        self._fp16_scale = _FIRST_SCALE
 
     @abstractmethod
     def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
@@ -63,52 +62,45 @@ class Alignment(ABC):
         Each has its own graph, and all ranks yield as many: FSDP2 communicates in each pass.
         """
 
-    def _losses(self, index: int | None = None) -> Iterator[Tensor]:
-        """Yield the losses of the next batch of each source, or of a certain one, by their weights."""
-        for source in self._sources:
-            place = source.order.peek() if index is None else index
-            for loss in self._source_losses(source, place):
-                yield loss if source.weight == 1.0 else source.weight * loss
-
     def __call__(self, parameters: list[Tensor]) -> list[Tensor | None]:
-        """Return the gradient of the alignment loss on the next safety batch.
+        """Return the gradient of the alignment loss on the next safety batch by each of `parameters`.
 
-        Args:
-            parameters: the tensors to differentiate by, as `SafeGradOptimizer` passes them.
-
-        Returns:
-            One gradient for each, `None` where the loss does not depend on it.
+        It is `None` where the loss does not depend on the parameter.
 
         Raises:
-            ValueError: the loss depends on no trainable parameter, or the reference is no longer the
-                aligned model.
+            ValueError: the loss depends on no trainable parameter, or the reference is not aligned any more.
             RuntimeError: the model was made parallel, or in another way, since this was built.
-            NotImplementedError: the model is parallel in a way that is not supported.
         """
-        self._check_share()
+        share = share_of(self.model)
+        if share != self._share:
+            raise RuntimeError(
+                f"This rank computes {share} of each safety batch, but the alignment was built for "
+                f"{self._share}. Build it after init_process_group(), fully_shard() and parallelize_module()."
+            )
         with synchronized(self.model), own_leaves(self.model) as leaves:
             own = [leaves.get(parameter, parameter) for parameter in parameters]
             stashed = {tensor: tensor.grad for tensor in (*self.model.parameters(), *own)}
-            for tensor in stashed:
-                tensor.grad = None
             try:
                 with unchanged_evaluation(self.model), torch.enable_grad():
-                    total, grads = self._scaled_backward(own, list(stashed))
+                    self.last_loss, grads = self._scaled_backward(own, stashed)
             finally:
                 for tensor, grad in stashed.items():
                     tensor.grad = grad
-        self.last_loss = total
         for source in self._sources:
-            source.order.advance()
+            source.taken += 1
         return grads
 
     def _scaled_backward(
-        self, parameters: list[Tensor], touched: list[Tensor]
+        self, parameters: list[Tensor], touched: Iterable[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients of the next batch; in fp16 of a scaled loss, so that they do not underflow."""
-        scale = self._fp16_scale if is_fp16(self.model, self.autocast_dtype) else 1.0
+        # Gradients pass through fp16 also to fp32 adapters on a model in fp16.
+        dtypes = {self.autocast_dtype, *(parameter.dtype for parameter in self.model.parameters())}
+        scale = self._fp16_scale if torch.float16 in dtypes else 1.0
         while True:
-            total = self._backward(self._losses(), scale)
+            for tensor in touched:
+                tensor.grad = None
+            total = self._backward(scale)
             grads = [placed_as(parameter.grad, parameter) for parameter in parameters]
             if self._share.size > 1:
                 total, grads = mean_over_ranks(total, parameters, grads)
@@ -116,81 +108,67 @@ class Alignment(ABC):
             # An infinite loss stays so at any scale, and the optimizer refuses its gradient.
             if scale == 1.0 or not present or not total.isfinite():
                 return total, grads
-            if unscale_(present, scale):
+            if _unscale_(present, scale):
                 # Not raised again: the further from the reference, the larger the gradient.
                 self._fp16_scale = scale
                 return total, grads
             scale /= 2
-            for tensor in touched:
-                tensor.grad = None
 
-    def _backward(self, losses: Iterator[Tensor], scale: float) -> Tensor:
+    def _backward(self, scale: float) -> Tensor:
         """Accumulate the gradients of all losses, times `scale`, and return the sum of the losses."""
         total = torch.zeros((), device=self._device())
+        losses = self._losses()
         while True:
             with autocast(self.model, self.autocast_dtype):
                 loss = next(losses, None)
             if loss is None:
                 return total
-            _check_loss(loss)
+            shape, requires_grad = tuple(getattr(loss, "shape", ())), getattr(loss, "requires_grad", False)
+            if shape or not requires_grad:
+                raise ValueError(
+                    f"The alignment loss is a {type(loss).__name__}, shape {shape}, requires_grad "
+                    f"{requires_grad}; expected a 0-dim tensor that depends on a trainable parameter."
+                )
             # Not torch.autograd.grad: under data parallelism only backward() reduces.
-            (loss if scale == 1.0 else loss * scale).backward()
+            (loss * scale).backward()
             total = total + loss.detach().to(total.device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the place in the order of safety batches; `SafeGradOptimizer.state_dict` contains it."""
-        places = {
-            f"{name}{_suffix(number)}": value
-            for number, source in enumerate(self._sources)
-            for name, value in source.order.state_dict().items()
-        }
-        return {**places, "fp16_scale": self._fp16_scale}
+    def _losses(self, index: int | None = None) -> Iterator[Tensor]:
+        """Yield the losses of the next batch of each source, or of a certain one, by their weights."""
+        for source in self._sources:
+            place = source.next_index() if index is None else index
+            for loss in self._source_losses(source, place):
+                yield loss if source.weight == 1.0 else source.weight * loss
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the safety batch that would have been next when `state` was saved.
-
-        Raises:
-            ValueError: the state is of another number of safety batches or another seed.
-        """
-        for number, source in enumerate(self._sources):
-            own = {name: state[f"{name}{_suffix(number)}"] for name in source.order.state_dict()}
-            source.order.load_state_dict(own)
-        self._fp16_scale = state["fp16_scale"]
-
-    def _check_share(self) -> None:
-        share = share_of(self.model)
-        if share != self._share:
-            raise RuntimeError(
-                f"This rank computes share {share.rank} of {share.size} of each safety batch, but the "
-                f"alignment was built for share {self._share.rank} of {self._share.size}. Build it after "
-                "init_process_group() and after fully_shard() or parallelize_module()."
-            )
+    def _parts(self, source: SafetySource, index: int, size: int | None = None) -> Iterator[Part]:
+        return source.parts(index, self._share, self._device(), size)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _parts(self, source: SafetySource, index: int, size: int | None = None) -> Iterator[Part]:
-        """This rank's parts of a batch, `size` rows at a time."""
-        return source.parts(index, self._share, self._device(), size)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the order of safety batches; `SafeGradOptimizer.state_dict` contains it."""
+        state: dict[str, Any] = {"fp16_scale": self._fp16_scale}
+        for suffix, source in self._named_sources():
+            state |= {name + suffix: value for name, value in source.state_dict().items()}
+        return state
 
-    def _mean_tokens(self, source: SafetySource, index: int) -> float:
-        """Compared tokens of a batch, divided by the number of ranks that share them."""
-        return source.tokens(index) / self._share.size
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the batch that was next when `state` was saved, of as many batches and the same seed."""
+        for suffix, source in self._named_sources():
+            source.load_state_dict({name: state[name + suffix] for name in source.state_dict()})
+        self._fp16_scale = state["fp16_scale"]
+
+    def _named_sources(self) -> Iterator[tuple[str, SafetySource]]:
+        """The sources, each with how its names end in a state: those of the first as if it were alone."""
+        for number, source in enumerate(self._sources):
+            yield f"_{number}" if number else "", source
 
 
-def _suffix(number: int) -> str:
-    # Without one for the first source, as when there was only one.
-    return f"_{number}" if number else ""
-
-
-def _check_loss(loss: Tensor) -> None:
-    if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
-        found = (
-            f"shape {tuple(loss.shape)}, requires_grad {loss.requires_grad}"
-            if isinstance(loss, Tensor)
-            else f"a {type(loss).__name__}"
-        )
-        raise ValueError(
-            f"The alignment loss has {found}; expected a 0-dim tensor that depends on a trainable "
-            "parameter. Check that the model has trainable parameters and the loss uses it."
-        )
+def _unscale_(grads: list[Tensor], scale: float) -> bool:
+    """Divide gradients by the scale of their loss, in place, and say whether all ranks' are finite."""
+    present = [local(grad) for grad in grads]
+    divide_all_(present, scale)
+    finite = torch.stack([grad.isfinite().all().to(present[0].device) for grad in present]).all()
+    # Sharded gradients may be finite in the part of one rank only.
+    return not on_any_rank(~finite)

@@ -1,9 +1,7 @@
-"""KLAlignment: the alignment gradient of the paper, with its reference computed once.
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
-"""
+"""KLAlignment: the alignment gradient of the paper, with its reference computed once."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,21 +9,10 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.alignment._old_arguments import naming_the_new
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import Part, Positions, SafetyBatches
-from safegrad_optim.forward import autocast, unchanged_evaluation
+from safegrad_optim.batches import Positions, SafetyBatches, SafetySource
+from safegrad_optim.forward import unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
-from safegrad_optim.reference import (
-    CachedReference,
-    LiveReference,
-    Reference,
-    ReferenceCache,
-    ReferenceSource,
-    cached_reference,
-    choose_kind,
-    fingerprint,
-    reference_source,
-)
+from safegrad_optim.reference import Reading, Reference, ReferenceCache, ReferenceSource, reference_source
 
 # In nats a token. A model and its reference differ by less in bf16; an unaligned one by far more.
 _MAX_START_KL = 0.05
@@ -41,25 +28,23 @@ class KLAlignment(Alignment):
     of its own rows.
 
     Args:
-        model: the model being fine-tuned, a causal language model; with PEFT adapters or without.
-        safety_batches: model inputs with `labels` that are -100 outside the response: batches in a
-            list or DataLoader, or rows in a list or Dataset.
-        reference: where P_ref comes from and where it is kept. By default the model with its PEFT adapters
-            switched off, or, without adapters, as it is now; computed once, here.
+        model: the causal language model being fine-tuned, with PEFT adapters or without.
+        safety_batches: model inputs with `labels` that are -100 outside the response: batches in a list or
+            DataLoader, or rows in a list or Dataset.
+        reference: where P_ref comes from and where it is kept; by default computed from `model`, here.
         positions: "response" compares response tokens only, "all" every token.
         batch_size: rows to a batch, where `safety_batches` are rows.
         micro_batch_size: rows that go through the model at a time; same gradient, less memory.
         seed: seed of the order of safety batches.
-        autocast_dtype: dtype of autocast during the alignment loss; set it where training uses
-            autocast around the forward only.
+        autocast_dtype: of autocast during the loss, where training has it around the forward only.
 
     Raises:
-        ValueError: empty or malformed safety batches, one without a response token, a reference that
-            is not the aligned model, or a cache file of another reference.
+        ValueError: empty or malformed safety batches, one without a response token, a reference that is not
+            the aligned model, or a cache file of another reference.
         TypeError: the model has no output head.
         MemoryError: the reference would take more memory than is free.
-        NotImplementedError: an encoder-decoder; a model that is parallel in a way that is not supported;
-            a `file` of the reference with several ranks.
+        NotImplementedError: an encoder-decoder, an unsupported way to be parallel, or a `file` of the
+            reference with several ranks.
 
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
     """
@@ -77,25 +62,20 @@ class KLAlignment(Alignment):
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            safety_batches,
-            positions=positions,
-            batch_size=batch_size,
-            seed=seed,
-            autocast_dtype=autocast_dtype,
-        )
+        super().__init__(model, safety_batches, positions, batch_size, seed, autocast_dtype)
         options = Reference() if reference is None else reference
         self.micro_batch_size = micro_batch_size
-        self._check_options(options)
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {micro_batch_size}, expected >= 1 or None.")
+        if options.file is not None and world_size() > 1:
+            raise NotImplementedError(
+                f"file is given and there are {world_size()} ranks, each with a part of the reference. Leave "
+                "it out; to resume, build KLAlignment from the aligned model before loading weights."
+            )
+        own = {name: getattr(options, name) for name in ("cache", "top_k", "resumed")}
+        require_same(own | {"micro_batch_size": micro_batch_size}, "Give all ranks the same options.")
         ref_model = None if options.ref_model is None else inner_module(options.ref_model)
         origin = reference_source(self.model, ref_model)
-        if options.cache is None and origin.drifts:
-            raise ValueError(
-                "Without PEFT adapters the reference has to be kept before training changes the model, but "
-                "cache=None. Leave it out, or give a frozen copy of the model as Reference(ref_model=...)."
-            )
-        # One for each source of safety rows.
         self._readings = {source: self._reading(options, origin, source) for source in self._sources}
         if not options.resumed:
             self._check_start()
@@ -110,81 +90,46 @@ class KLAlignment(Alignment):
         return {**super().state_dict(), "reference": self._reference_number}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the safety batch that would have been next when `state` was saved.
-
-        Raises:
-            ValueError: the state is of a run with another reference, number of safety batches or seed.
-        """
+        """Go on with the batch that was next when `state` was saved, with the same reference and order."""
         if state["reference"] != self._reference_number:
             raise ValueError(
                 f"The saved run kept to a reference with weights {state['reference']:x}, this one has "
-                f"{self._reference_number:x}: the model was fine-tuned before KLAlignment was built "
-                "from it, or is another one. Build it from the aligned model before loading fine-tuned "
-                "weights; or give Reference(file=..., resumed=True) with the file of the saved run, or "
-                "Reference(ref_model=...)."
+                f"{self._reference_number:x}: the model was fine-tuned before KLAlignment was built, or is "
+                "another one. Build it from the aligned model before loading fine-tuned weights, or give "
+                "Reference(file=..., resumed=True) with the saved run's file, or Reference(ref_model=...)."
             )
         super().load_state_dict(state)
 
-    def _check_options(self, options: Reference) -> None:
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {self.micro_batch_size}, expected >= 1 or None.")
-        if options.file is not None and world_size() > 1:
-            raise NotImplementedError(
-                f"file is given and there are {world_size()} ranks, each with a part of the reference. Leave "
-                "it out; to resume, build KLAlignment from the aligned model before loading weights."
-            )
-        own = {name: getattr(options, name) for name in ("cache", "top_k", "resumed")}
-        require_same(own | {"micro_batch_size": self.micro_batch_size}, "Give all ranks the same options.")
-
-    def _reading(
-        self, options: Reference, origin: ReferenceSource, source: SafetySource
-    ) -> LiveReference | CachedReference:
-        """The way to P_ref on one source of safety rows; computed here, before training changes the model."""
-        live = LiveReference(origin, self.autocast_dtype)
-        kind = None
-        if options.cache is not None:
-            tokens = sum(map(source.tokens, range(len(source.batches))))
-            own_tokens = -(-tokens // self._share.size)
-            kind = choose_kind(options.cache, self.model, origin, tokens=own_tokens, top_k=options.top_k)
-        identity = fingerprint(
-            origin.named_parameters(),
-            source.batches,
-            positions=source.positions,
-            kind="logits" if kind is None else kind.label,
-            autocast_dtype=self.autocast_dtype,
-        )
-        reading: LiveReference | CachedReference = live
-        if kind is not None:
-            parts = self._all_parts(source)
-            reading, identity = cached_reference(options, kind, live, identity, parts)
+    @property
+    def _reference_number(self) -> int:
         # A number, because torch.distributed.checkpoint takes no other state of an optimizer.
-        self._reference_number = int(identity.weights[:15], 16)
+        return int(self._readings[self._sources[0]].identity["weights"][:15], 16)
+
+    def _reading(self, options: Reference, origin: ReferenceSource, source: SafetySource) -> Reading:
+        """P_ref on one source of safety rows; kept here, before training changes the model."""
+        reading = Reading(options, self.model, origin, source, self._share, self.autocast_dtype)
+        if options.cache is not None:
+            indices = range(len(source.batches))
+            parts = (self._parts(source, index, self.micro_batch_size) for index in indices)
+            reading.keep(options, chain.from_iterable(parts))
         return reading
 
-    def _all_parts(self, source: SafetySource) -> Iterator[Part]:
-        for index in range(len(source.batches)):
-            yield from self._parts(source, index, self.micro_batch_size)
-
     def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
-        tokens = self._mean_tokens(source, index)
+        tokens = source.tokens(index) / self._share.size
         for part in self._parts(source, index, self.micro_batch_size):
             yield self._readings[source].divergence(self.model, part) * part.weight / tokens
 
     @torch.no_grad()
     def _check_start(self) -> None:
         """Refuse a reference from which the model differs before any fine-tuning."""
-        with (
-            synchronized(self.model),
-            unchanged_evaluation(self.model),
-            autocast(self.model, self.autocast_dtype),
-        ):
+        with synchronized(self.model), unchanged_evaluation(self.model, self.autocast_dtype):
             total = sum(self._losses(0), torch.zeros((), device=self._device()))
         if self._share.size > 1:
             total, _ = mean_over_ranks(total)
         divergence = float(total)
         if not divergence <= _MAX_START_KL:
             raise ValueError(
-                f"Before fine-tuning the model already differs from its reference by KL = "
+                "Before fine-tuning the model already differs from its reference by KL = "
                 f"{divergence:.3g} a token, expected less than {_MAX_START_KL}. If its adapters hold the "
                 "alignment, merge them first (merge_and_unload) and add new ones; if ref_model is another "
                 "model, give the aligned one; if the run is resumed, give Reference(resumed=True)."

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches
+from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches, SafetySource
 from safegrad_optim.forward import forward_at
 
 
@@ -19,12 +18,9 @@ class LossAlignment(Alignment):
     Args:
         model: the model being fine-tuned.
         safety_batches: as in `KLAlignment`; the labels are the refusals to keep.
-        loss_fn: called with the model (in eval mode) and a batch on its device; returns a 0-dim loss.
-            By default the cross-entropy of the labels. With several ranks each calls it with the whole
-            batch, since how it weighs rows is not known.
-        batch_size: rows to a batch, where `safety_batches` are rows.
-        seed: seed of the order of safety batches.
-        autocast_dtype: dtype of autocast during the loss.
+        loss_fn: called with the model (in eval mode) and a whole batch on its device, also with several
+            ranks; returns a 0-dim loss. By default the cross-entropy of the labels.
+        batch_size, seed, autocast_dtype: as in `KLAlignment`.
 
     Raises:
         ValueError: empty or malformed safety batches, or one without a response token.
@@ -43,14 +39,7 @@ class LossAlignment(Alignment):
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            safety_batches,
-            positions="response",
-            batch_size=batch_size,
-            seed=seed,
-            autocast_dtype=autocast_dtype,
-        )
+        super().__init__(model, safety_batches, "response", batch_size, seed, autocast_dtype)
         self.loss_fn = loss_fn
 
     def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
@@ -59,12 +48,11 @@ class LossAlignment(Alignment):
             batch = {name: value.to(device) for name, value in source.batches[index].items()}
             yield self.loss_fn(self.model, batch)
             return
+        tokens = source.tokens(index) / self._share.size
         for part in self._parts(source, index):
             logits = forward_at(self.model, part.inputs, part.mask).logits
             # The label of the token that each kept position predicts.
             targets = part.labels.roll(-1, dims=1)[part.mask].to(logits.device)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            total = nn.functional.cross_entropy(
-                logits.to(wide), targets, ignore_index=IGNORE_INDEX, reduction="sum"
-            )
-            yield total * part.weight / self._mean_tokens(source, index)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total = nn.functional.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            yield total * part.weight / tokens

@@ -25,12 +25,9 @@ def naming_the_new(init: Callable[P, None]) -> Callable[P, None]:
     def checked(*args: P.args, **options: P.kwargs) -> None:
         for old in _NEW.keys() & options.keys():
             raise TypeError(f"KLAlignment has no argument {old!r} any more. Give {_NEW[old]}.")
-        reference = options.get("reference")
-        if isinstance(reference, nn.Module):
-            raise TypeError(
-                f"reference is a {type(reference).__name__}, expected a Reference. Give "
-                "reference=Reference(ref_model=...)."
-            )
+        given = options.get("reference")
+        if isinstance(given, nn.Module):
+            raise TypeError(f"reference is a {type(given).__name__}. Give Reference(ref_model=...).")
         init(*args, **options)
 
     return checked

@@ -1,54 +1,64 @@
 """The reference, computed once: kept in memory or in a safetensors file that knows what it is of."""
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from safegrad_optim.reference._fingerprint import Fingerprint
+from safegrad_optim.parallel import local, sum_of_shards
 
 _FORMAT = "safegrad_optim reference 2"
 _HEAD = "head"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def fingerprint(
+    named_parameters: Iterable[tuple[str, Tensor]], batches: str, precision: str
+) -> dict[str, str]:
+    """Digest all that makes a reference what it is; any training changes "weights"."""
+    architecture, weights = hashlib.sha256(), hashlib.sha256()
+    tensors, sums = [], []
+    for name, tensor in named_parameters:
+        architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        tensors.append(tensor)
+        # The sum of its bit patterns modulo 2^64: exact, and the same on every device.
+        bits = local(tensor).detach().view(_BITS[tensor.element_size()])
+        sums.append(int(bits.sum(dtype=torch.int64)))
+    for value in sum_of_shards(tensors, sums):
+        weights.update(value.to_bytes(8, "little", signed=True))
+    digests = {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
+    return {"batches": batches, "precision": precision, **digests}
+
+
+@dataclass
 class ReferenceCache:
-    """What the reference gives at the compared positions of each safety batch, on the CPU.
+    """What the reference gives at the compared positions of each safety batch, on the CPU."""
 
-    Args:
-        entries: for each safety batch its tensors, rows in the order of its compared positions.
-        kind: name of the `Kind` that they are of.
-        precision: dtypes that the reference ran in, see `Outputs`.
-        head: weight and bias of the reference's output head, where it is kept.
-    """
-
-    def __init__(
-        self, entries: Sequence[tuple[Tensor, ...]], kind: str, precision: str, head: tuple[Tensor, ...] = ()
-    ) -> None:
-        self.entries = entries
-        self.kind = kind
-        self.precision = precision
-        self.head = head
+    entries: Sequence[tuple[Tensor, ...]]  # a row for each compared position, in their order
+    kind: str  # name of the `Kind` that they are of
+    precision: str  # that the reference ran in, see `Outputs`
+    head: tuple[Tensor, ...] = ()  # weight and bias of its output head, where that is kept
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(tensor.nbytes for entry in (*self.entries, self.head) for tensor in entry)
 
-    def save(self, path: Path, identity: Fingerprint) -> None:
+    def save(self, path: Path, identity: dict[str, str]) -> None:
         """Write the cache and its fingerprint to a safetensors file, complete or not at all."""
         from safetensors.torch import save_file
 
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        named = [*((f"{index:06d}", entry) for index, entry in enumerate(self.entries)), (_HEAD, self.head)]
-        tensors = {
-            f"{name}.{part}": tensor.contiguous()
-            for name, entry in named
-            for part, tensor in enumerate(entry)
-        }
-        metadata = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision, **identity._asdict()}
+        tensors = {f"{_HEAD}.{part}": tensor.contiguous() for part, tensor in enumerate(self.head)}
+        for index, entry in enumerate(self.entries):
+            tensors |= {f"{index:06d}.{part}": tensor.contiguous() for part, tensor in enumerate(entry)}
+        metadata = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision, **identity}
         try:
             save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
@@ -57,43 +67,29 @@ class ReferenceCache:
 
     @classmethod
     def load(
-        cls, path: Path, identity: Fingerprint, *, check_weights: bool
-    ) -> tuple["ReferenceCache", Fingerprint]:
-        """Read a cache of a certain fingerprint, and return it with the fingerprint it was saved with.
-
-        The weights may differ where the model that gave the reference has been trained on.
-
-        Raises:
-            ValueError: the file is of other batches, precision, architecture or weights.
-        """
+        cls, path: Path, own: dict[str, str], *, check_weights: bool
+    ) -> tuple["ReferenceCache", dict[str, str]]:
+        """Read a cache and its fingerprint, whose weights may be others where the model was trained on."""
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check(path, metadata, identity, check_weights)
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{path} is no cached reference: format {metadata.get('format')!r}, expected "
+                    f"{_FORMAT!r}. Give another file, or delete this one."
+                )
+            for field, expected in own.items():
+                if metadata[field] != expected and (field != "weights" or check_weights):
+                    resumed = "; if fine-tuned since, give Reference(resumed=True)" * (field == "weights")
+                    raise ValueError(
+                        f"{path} is the reference of other {field}: found {metadata[field]:.40}, expected "
+                        f"{expected:.40}. Restore the original {field}{resumed}; or, before any fine-tuning, "
+                        "give another file to compute it anew."
+                    )
             groups = groupby(sorted(file.keys()), key=lambda key: key.partition(".")[0])
             entries = {name: tuple(map(file.get_tensor, keys)) for name, keys in groups}
-            # Not left in the mapping, whose alignment in memory is another than that of the original.
-            head = tuple(tensor.clone() for tensor in entries.pop(_HEAD, ()))
-            cache = cls(list(entries.values()), metadata["kind"], metadata["dtypes"], head)
-            return cache, identity._replace(weights=metadata["weights"])
-
-
-def _check(path: Path, metadata: dict[str, str], identity: Fingerprint, check_weights: bool) -> None:
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is no cached reference (format {metadata.get('format')!r}, expected {_FORMAT!r}). Give "
-            "another file, or delete it to compute it anew."
-        )
-    for field, expected in identity._asdict().items():
-        if metadata[field] != expected and (field != "weights" or check_weights):
-            resumed = " If the model has been fine-tuned since, give Reference(resumed=True)."
-            raise ValueError(
-                f"{path} is the reference of other {field}: found {_short(metadata[field])}, expected "
-                f"{_short(expected)}. Restore the original {field}; or, before any fine-tuning, give another "
-                f"file to compute the reference anew.{resumed if field == 'weights' else ''}"
-            )
-
-
-def _short(value: str) -> str:
-    return value if len(value) < 40 else value[:12]
+        # Not left in the mapping, whose alignment in memory is another than that of the original.
+        head = tuple(tensor.clone() for tensor in entries.pop(_HEAD, ()))
+        cache = cls(list(entries.values()), metadata["kind"], metadata["dtypes"], head)
+        return cache, {name: metadata[name] for name in own}

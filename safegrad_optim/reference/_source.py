@@ -2,22 +2,63 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from safegrad_optim._peft_private import adapter_parameters, is_merged
+from safegrad_optim.batches import Part
+from safegrad_optim.forward import Outputs, forward_at, unchanged_evaluation
+from safegrad_optim.parallel import synchronized
+
+Cache = Literal["exact", "hidden", "logits", "top_k"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where P_ref comes from, and where it is kept.
+
+    By default it is the model with its PEFT adapters switched off, or, without adapters, the model as it is
+    when the alignment is built; computed once and kept exactly, on the CPU.
+
+    Args:
+        ref_model: a frozen aligned model instead.
+        cache: what is kept of each token. "hidden", the final hidden state and a copy of the output head
+            where that is trained, and "logits" are exact; "exact" is the smaller of the two. "top_k" keeps
+            `top_k` log-probabilities and the mass of all others, see `top_k_kl_divergence`. `None` keeps
+            nothing and computes P_ref anew at each call.
+        top_k: number of log-probabilities that "top_k" keeps.
+        file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
+        resumed: the model has been fine-tuned already, so it may differ from its reference. Without adapters
+            this needs the `file` of the run that is resumed, or `ref_model`.
+
+    Raises:
+        ValueError: `cache` is unknown, or is `None` with a `file`.
+    """
+
+    ref_model: nn.Module | None = None
+    cache: Cache | None = "exact"
+    top_k: int = 128
+    file: str | PathLike[str] | None = None
+    resumed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cache not in (None, *get_args(Cache)):
+            raise ValueError(f"cache is {self.cache!r}, expected one of {get_args(Cache)} or None.")
+        if self.cache is None and self.file is not None:
+            raise ValueError("file is given but cache=None keeps nothing. Leave out one of them.")
+
+
+@dataclass
 class ReferenceSource:
     """A model that P_ref is computed from."""
 
-    shares_head = True
-    """Whether its output head is that of the model, which then gives its logits back from hidden states."""
-    drifts = False
-    """Whether fine-tuning changes it, so that it has to be kept before."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    model: nn.Module
+    shares_head: bool = True  # with the model, which then gives its logits back from hidden states
+    drifts: bool = False  # fine-tuning changes it, so that it has to be kept before
 
     @contextmanager
     def open(self) -> Iterator[nn.Module]:
@@ -28,28 +69,13 @@ class ReferenceSource:
         """Name the parameters that make the reference what it is."""
         return self.model.named_parameters()
 
-
-class CurrentModel(ReferenceSource):
-    """The model as it is now, to be kept before fine-tuning changes it."""
-
-    drifts = True
-
-
-class FrozenModel(ReferenceSource):
-    """A second model, which may not share a trainable parameter with the one being trained."""
-
-    shares_head = False
-
-    def __init__(self, ref_model: nn.Module, model: nn.Module) -> None:
-        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-        shared = [name for name, tensor in ref_model.named_parameters() if tensor in trained]
-        if shared:
-            raise ValueError(
-                f"The reference shares {len(shared)} trainable parameters with the model (first: "
-                f"{shared[0]}), so it would drift along with it. Give a copy.deepcopy of the model made "
-                "before training, or leave ref_model out to cache the model as it is now."
-            )
-        super().__init__(ref_model)
+    @torch.no_grad()
+    def outputs(self, part: Part, autocast_dtype: torch.dtype | None) -> Outputs:
+        """Return what the reference gives at the compared positions of a part."""
+        with self.open() as model, synchronized(model), unchanged_evaluation(model, autocast_dtype):
+            device = next(model.parameters()).device
+            inputs = {name: value.to(device) for name, value in part.inputs.items()}
+            return forward_at(model, inputs, part.mask.to(device))
 
 
 class AdaptersOff(ReferenceSource):
@@ -58,13 +84,9 @@ class AdaptersOff(ReferenceSource):
     Merged adapters, or trainable parameters outside the adapters, raise a ValueError at each use.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._check()
-
     @contextmanager
     def open(self) -> Iterator[nn.Module]:
-        self._check()
+        self.check()
         # Switching adapters on again makes all of them trainable, also those the user froze.
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
@@ -79,13 +101,14 @@ class AdaptersOff(ReferenceSource):
         adapters = adapter_parameters(self.model)
         return (pair for pair in self.model.named_parameters() if pair[1] not in adapters)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check that the model without its adapters is the aligned one."""
         advice = "or give a frozen copy of the aligned model as Reference(ref_model=...)."
         merged = [name for name, module in self.model.named_modules() if is_merged(module)]
         if merged:
             raise ValueError(
-                f"Adapters are merged into {len(merged)} layers (first: {merged[0]}), so switching them "
-                f"off does not give the aligned model back. Call unmerge_adapter() first, {advice}"
+                f"Adapters are merged into {len(merged)} layers (first: {merged[0]}), so switching them off "
+                f"does not give the aligned model back. Call unmerge_adapter() first, {advice}"
             )
         trained = [name for name, tensor in self.named_parameters() if tensor.requires_grad]
         if trained:
@@ -99,9 +122,20 @@ class AdaptersOff(ReferenceSource):
 def reference_source(model: nn.Module, ref_model: nn.Module | None = None) -> ReferenceSource:
     """Return the second model if there is one, else the model without its PEFT adapters, else as it is."""
     if ref_model is not None:
-        return FrozenModel(ref_model, model)
-    has_adapters = hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-    return AdaptersOff(model) if has_adapters else CurrentModel(model)
+        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        shared = [name for name, tensor in ref_model.named_parameters() if tensor in trained]
+        if shared:
+            raise ValueError(
+                f"The reference shares {len(shared)} trainable parameters with the model (first: "
+                f"{shared[0]}), so it would drift along. Give a copy.deepcopy of the model made before "
+                "training, or leave ref_model out to cache the model as it is now."
+            )
+        return ReferenceSource(ref_model, shares_head=False)
+    if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
+        adapters_off = AdaptersOff(model)
+        adapters_off.check()
+        return adapters_off
+    return ReferenceSource(model, drifts=True)
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:

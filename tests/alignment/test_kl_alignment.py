@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
-from safegrad_optim.alignment._source import SafetySource
-from safegrad_optim.batches import as_batches
+from safegrad_optim.batches import SafetySource, as_batches
 from safegrad_optim.reference import reference_source
 from tests.support.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
 
@@ -428,6 +427,6 @@ def test_the_loss_is_the_weighted_sum_of_the_means_of_its_sources(cache):
         torch.testing.assert_close(made.last_loss, alone[0].last_loss + 0.3 * alone[1].last_loss)
     state = made.state_dict()
     assert (state["taken"], state["taken_1"], state["seed_1"]) == (3, 3, 3)
-    second.order.taken = 0
+    second.taken = 0
     made.load_state_dict(state)
-    assert second.order.taken == 3
+    assert second.taken == 3

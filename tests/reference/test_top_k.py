@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from safegrad_optim import kl_divergence
-from safegrad_optim.reference._top_k import TopK, top_k_kl_divergence, top_k_log_probs
+from safegrad_optim.divergence import TopK, top_k_kl_divergence, top_k_log_probs
 
 VOCABULARY = 40
 
