@@ -33,7 +33,21 @@ from safegrad_optim.surgery import (
 
 __version__ = "0.1.0"
 
-__all__ = ["KLAlignment", "LossAlignment", "Reference", "kl_divergence"]
-__all__ += ["GradientProducts", "SafeGradOptimizer", "StepCounts", "SurgeryStats", "UnprotectedStepError"]
-__all__ += ["combine", "combine_", "inner_products", "project_conflicting"]
-__all__ += ["is_refusal", "safety_rows", "with_prompt_prefixes"]
+__all__ = [
+    "GradientProducts",
+    "KLAlignment",
+    "LossAlignment",
+    "Reference",
+    "SafeGradOptimizer",
+    "StepCounts",
+    "SurgeryStats",
+    "UnprotectedStepError",
+    "combine",
+    "combine_",
+    "inner_products",
+    "is_refusal",
+    "kl_divergence",
+    "project_conflicting",
+    "safety_rows",
+    "with_prompt_prefixes",
+]

@@ -12,7 +12,14 @@ from safegrad_optim.alignment._old_arguments import naming_the_new
 from safegrad_optim.batches import Positions, SafetyBatches, SafetySource
 from safegrad_optim.forward import unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
-from safegrad_optim.reference import Reading, Reference, ReferenceCache, ReferenceSource, reference_source
+from safegrad_optim.reference import (
+    Reading,
+    Reference,
+    ReferenceCache,
+    ReferenceSource,
+    read_reference,
+    reference_source,
+)
 
 # In nats a token. A model and its reference differ by less in bf16; an unaligned one by far more.
 _MAX_START_KL = 0.05
@@ -107,12 +114,9 @@ class KLAlignment(Alignment):
 
     def _reading(self, options: Reference, origin: ReferenceSource, source: SafetySource) -> Reading:
         """P_ref on one source of safety rows; kept here, before training changes the model."""
-        reading = Reading(options, self.model, origin, source, self._share, self.autocast_dtype)
-        if options.cache is not None:
-            indices = range(len(source.batches))
-            parts = (self._parts(source, index, self.micro_batch_size) for index in indices)
-            reading.keep(options, chain.from_iterable(parts))
-        return reading
+        indices = range(len(source.batches))
+        parts = chain.from_iterable(self._parts(source, index, self.micro_batch_size) for index in indices)
+        return read_reference(options, self.model, origin, source, parts, self._share, self.autocast_dtype)
 
     def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
         tokens = source.tokens(index) / self._share.size

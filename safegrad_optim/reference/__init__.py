@@ -13,8 +13,15 @@ ValueError: cache is 'some', expected one of ('exact', 'hidden', 'logits', 'top_
 
 from safegrad_optim.divergence import top_k_kl_divergence
 from safegrad_optim.reference._cache import ReferenceCache
-from safegrad_optim.reference._reading import Reading
+from safegrad_optim.reference._reading import Reading, read_reference
 from safegrad_optim.reference._source import Reference, ReferenceSource, reference_source
 
-__all__ = ["Reference", "ReferenceCache", "top_k_kl_divergence"]
-__all__ += ["Reading", "ReferenceSource", "reference_source"]  # for the packages above
+__all__ = [
+    "Reading",
+    "Reference",
+    "ReferenceCache",
+    "ReferenceSource",
+    "read_reference",
+    "reference_source",
+    "top_k_kl_divergence",
+]

@@ -170,7 +170,7 @@ def test_a_reference_larger_than_the_free_memory_is_refused_before_it_is_compute
     reference = Reference(cache=cache, top_k=8)
     size = KLAlignment(model, safety_rows(), reference=reference).cache.nbytes
     meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr("safegrad_optim.reference._reading._MEMORY", meminfo)
+    monkeypatch.setattr("safegrad_optim.reference._kind._MEMORY", meminfo)
     meminfo.write_text(f"MemTotal: 99999 kB\nMemAvailable: {-(-size // 1024)} kB\n")
     KLAlignment(model, safety_rows(), reference=reference)
     meminfo.write_text(f"MemTotal: 99999 kB\nMemAvailable: {(size - 1) // 1024} kB\n")
@@ -180,7 +180,7 @@ def test_a_reference_larger_than_the_free_memory_is_refused_before_it_is_compute
 
 
 def test_where_the_machine_does_not_say_what_is_free_nothing_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("safegrad_optim.reference._reading._MEMORY", tmp_path / "none")
+    monkeypatch.setattr("safegrad_optim.reference._kind._MEMORY", tmp_path / "none")
     assert KLAlignment(tiny_model(), safety_rows()).cache.kind == "logits"
 
 
