@@ -9,8 +9,7 @@ from safegrad_optim.surgery import Gradients, take_apart
 
 _REFUSED_OPTIONS = {
     "differentiable": "but surgery is not recorded by autograd. Build it with differentiable=False.",
-    "maximize": "which would maximize the alignment loss as well. Build it with maximize=False and negate "
-    "the loss.",
+    "maximize": "which would maximize the alignment loss too. Set maximize=False and negate the loss.",
 }
 
 
@@ -20,30 +19,29 @@ class UnprotectedStepError(RuntimeError):
 
 def check_base(base: Optimizer) -> None:
     """Check that an optimizer can be wrapped; see `SafeGradOptimizer` for what is raised."""
+    name = type(base).__name__
     if hasattr(base, "set_alignment_grad"):
         raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
     if not isinstance(base, Optimizer):
-        raise TypeError(
-            f"base_optimizer is a {type(base).__name__}, expected a torch.optim.Optimizer instance."
-        )
+        raise TypeError(f"base_optimizer is a {name}, expected a torch.optim.Optimizer instance.")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
-            f"{type(base).__name__} evaluates its closure several times inside one step, past the "
-            "surgery. Use an optimizer whose step() takes no closure, such as AdamW."
+            f"{name} evaluates its closure several times inside one step, past the surgery. "
+            "Use an optimizer whose step() takes no closure, such as AdamW."
         )
     check_groups(base)
 
 
 def check_groups(base: Optimizer) -> None:
     """Check that no option of an optimizer or of its groups undoes the surgery."""
+    name = type(base).__name__
+    groups = {f"Group {index} of {name}": group for index, group in enumerate(base.param_groups)}
     # Optimizers of pytorch_optimizer keep maximize on themselves.
-    holders = [{"maximize": getattr(base, "maximize", False)}, *base.param_groups]
-    for position, options in enumerate(holders):
+    itself = {name: {"maximize": getattr(base, "maximize", False)}}
+    for place, options in (itself | groups).items():
         for option, reason in _REFUSED_OPTIONS.items():
             if options.get(option):
-                name = type(base).__name__
-                place = f"Group {position - 1} of {name}" if position else name
                 raise ValueError(f"{place} has {option}=True, {reason}")
 
 

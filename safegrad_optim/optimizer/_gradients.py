@@ -1,6 +1,7 @@
 """Where the alignment gradient of a step comes from: pushed for one step, or pulled and kept for some."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,49 +15,48 @@ from safegrad_optim.surgery import Gradients
 AlignmentCallable = Callable[[list[Tensor]], Gradients]
 
 
+@dataclass
 class AlignmentGradients:
     """The alignment gradients that steps have not used up."""
 
-    def __init__(self) -> None:
-        self._pushed: list[Tensor | None] | None = None
-        self._pulled: list[Tensor | None] | None = None
-        self._pulled_for: list[Tensor] = []
-        self._age = 0
+    pushed: list[Tensor | None] | None = None
+    pulled: list[Tensor | None] | None = None
+    pulled_for: list[Tensor] = field(default_factory=list)
+    age: int = 0  # how many steps the pulled one has served
 
     def push(self, parameters: list[Tensor], grads: Gradients | Mapping[Tensor, Tensor | None]) -> None:
         """Keep a copy of gradients for the next step."""
         if isinstance(grads, Mapping):
             grads = _in_order(parameters, grads)
         check_alignment(parameters, grads)
-        self._pushed = [None if grad is None else grad.clone() for grad in grads]
+        self.pushed = [None if grad is None else grad.clone() for grad in grads]
 
     def take(
         self, parameters: list[Tensor], alignment: AlignmentCallable | None, refresh_every: int
     ) -> Gradients | None:
         """Return the gradient of this step: the pushed one, else a pulled one, `None` if there is neither."""
-        if self._pushed is not None:
-            grads, self._pushed = self._pushed, None
+        if self.pushed is not None:
+            grads, self.pushed = self.pushed, None
             check_alignment(parameters, grads)
             return grads
         if alignment is None:
             return None
-        pulled = self._pulled
+        pulled = self.pulled
         # Freezing some parameters and training others must not give one the gradient of another.
-        same = [id(parameter) for parameter in parameters] == [id(old) for old in self._pulled_for]
-        if pulled is None or not same:
+        if pulled is None or list(map(id, parameters)) != list(map(id, self.pulled_for)):
             pulled = _pull(parameters, alignment)
-            self._pulled_for, self._age = parameters, 0
-        self._age += 1
-        self._pulled = pulled if self._age < refresh_every else None
+            self.pulled_for, self.age = parameters, 0
+        self.age += 1
+        self.pulled = pulled if self.age < refresh_every else None
         return pulled
 
     def drop(self) -> None:
         """Have what was pulled serve no further step."""
-        self._pulled = None
+        self.pulled = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the pulled gradient that still serves steps, and how many it has served."""
-        return {"pulled": self._pulled, "pulled_age": self._age}
+        return {"pulled": self.pulled, "pulled_age": self.age}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: list[Tensor]) -> None:
         """Go on with the pulled gradient of a saved run, which has to be of these parameters."""
@@ -70,7 +70,7 @@ class AlignmentGradients:
             pairs = zip(saved, parameters, strict=True)
             saved = [None if grad is None else grad.to(parameter.device) for grad, parameter in pairs]
             check_alignment(parameters, saved)
-        self._pulled, self._pulled_for, self._age = saved, parameters, state["pulled_age"]
+        self.pulled, self.pulled_for, self.age = saved, parameters, state["pulled_age"]
 
 
 def _pull(parameters: list[Tensor], alignment: AlignmentCallable) -> list[Tensor | None]:

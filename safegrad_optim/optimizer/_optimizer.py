@@ -10,12 +10,7 @@ from torch.optim import Optimizer
 from safegrad_optim._torch_private import hooks_of, make_hook_registries
 from safegrad_optim.optimizer._checks import UnprotectedStepError, check_base, check_groups
 from safegrad_optim.optimizer._gradients import AlignmentCallable
-from safegrad_optim.optimizer._option import (
-    Option,
-    check_alignment_option,
-    check_max_grad_norm,
-    check_refresh_every,
-)
+from safegrad_optim.optimizer._option import Kept, check_callable, check_max_grad_norm, check_refresh_every
 from safegrad_optim.optimizer._state import OWN_STATE, OwnState, StepCounts, as_numbers, without_numbers
 from safegrad_optim.optimizer._step import is_state_probe, operate_, trainable_parameters
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
@@ -28,9 +23,9 @@ class SafeGradOptimizer(Optimizer):
     g = g_user + c g_align,  c = rho + max(0, -<g_user, g_align>) / ||g_align||^2
 
     Surgery happens once per `step()`, on the `.grad` that the base optimizer is about to use, so it
-    sees the accumulated and unscaled gradient. The alignment gradient is either pulled from
-    `alignment` or pushed with `set_alignment_grad`; a pushed one goes first and serves one step.
-    Everything else (`param_groups`, `state`, `state_dict`, schedulers, hooks) behaves as the base does.
+    sees the accumulated and unscaled gradient. The alignment gradient is pulled from `alignment`, or
+    pushed with `set_alignment_grad`; a pushed one goes first and serves one step. Everything else
+    (`param_groups`, `state`, `state_dict`, schedulers, hooks) behaves as the base does.
 
     Args:
         base_optimizer: the optimizer that takes the step; it may have state already.
@@ -49,10 +44,15 @@ class SafeGradOptimizer(Optimizer):
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
     """
 
-    alignment = Option[AlignmentCallable | None](check_alignment_option)
-    max_grad_norm = Option[float | None](check_max_grad_norm)
-    refresh_every = Option[int](check_refresh_every)
-    allow_unprotected = Option[bool](lambda value: None)
+    alignment = Kept[AlignmentCallable | None]("_own", check_callable)
+    max_grad_norm = Kept[float | None]("_own", check_max_grad_norm)
+    refresh_every = Kept[int]("_own", check_refresh_every)
+    allow_unprotected = Kept[bool]("_own")
+    # What the base owns is read from it at each use: load_state_dict replaces the objects, and FSDP2
+    # swaps the parameters inside param_groups.
+    param_groups = Kept[list[dict[str, Any]]]("base_optimizer")
+    state = Kept[Any]("base_optimizer")
+    defaults = Kept[dict[str, Any]]("base_optimizer")
 
     def __init__(
         self,
@@ -73,33 +73,6 @@ class SafeGradOptimizer(Optimizer):
         self.allow_unprotected = allow_unprotected
         # Makes the hook registries; Optimizer.__init__ would replace the base's groups and state.
         make_hook_registries(self)
-
-    # What the base owns is read from it at each use: load_state_dict replaces the objects, and FSDP2
-    # swaps the parameters inside param_groups.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
 
     @property
     def rho(self) -> float:
@@ -138,15 +111,11 @@ class SafeGradOptimizer(Optimizer):
         """Project, combine, clip, and take the base optimizer's step.
 
         Args:
-            closure: reevaluates the model with gradients enabled and returns the loss.
-
-        Returns:
-            What `closure` returned, or `None`.
+            closure: reevaluates the model with gradients enabled and returns the loss, which is returned.
 
         Raises:
             UnprotectedStepError: there is no alignment gradient, computing it changed a `.grad`, or either
-                gradient is not finite. Parameters and state are as they were before the step, and training
-                can go on.
+                gradient is not finite. Nothing has changed then, and training can go on.
             ValueError: the alignment gradients do not fit the parameters; or, at the first step, ranks
                 have different options or gradients. Likewise nothing changed.
         """
@@ -172,8 +141,8 @@ class SafeGradOptimizer(Optimizer):
         else:
             raise UnprotectedStepError(
                 f"No alignment gradient for step {own.steps + 1}: one given to set_alignment_grad() serves "
-                "exactly one step. Call it before each step, or construct SafeGradOptimizer with "
-                "alignment=KLAlignment(...). Pass allow_unprotected=True to take such steps unprotected."
+                "exactly one step. Call it before each step, give SafeGradOptimizer an alignment such as "
+                "KLAlignment(...), or allow_unprotected=True to take such steps unprotected."
             )
         own.steps += 1
         self.base_optimizer.step()

@@ -1,4 +1,4 @@
-"""Options of SafeGradOptimizer, checked whenever they are set."""
+"""Options and other attributes of SafeGradOptimizer that one of its objects keeps."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -6,25 +6,26 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class Option(Generic[T]):
-    """An option that is checked whenever it is set, and kept in the optimizer's one object of state."""
+class Kept(Generic[T]):
+    """An attribute that is read from the optimizer's `keeper`, and checked whenever it is set there."""
 
-    def __init__(self, check: Callable[[T], None]) -> None:
+    def __init__(self, keeper: str, check: Callable[[T], None] = lambda value: None) -> None:
+        self._keeper = keeper
         self._check = check
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, optimizer: Any, owner: type) -> T:
-        value: T = getattr(optimizer._own, self._name)
+        value: T = getattr(getattr(optimizer, self._keeper), self._name)
         return value
 
     def __set__(self, optimizer: Any, value: T) -> None:
         self._check(value)
-        setattr(optimizer._own, self._name, value)
+        setattr(getattr(optimizer, self._keeper), self._name, value)
 
 
-def check_alignment_option(alignment: object) -> None:
+def check_callable(alignment: object) -> None:
     """Check what gives the alignment gradient."""
     if alignment is not None and not callable(alignment):
         raise TypeError(

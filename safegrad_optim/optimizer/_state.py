@@ -18,7 +18,6 @@ class StepCounts(NamedTuple):
     """How many steps an optimizer has taken, and of which kind."""
 
     steps: int
-    """All steps."""
     conflicts: int
     """Steps whose user gradient conflicted and was projected."""
     negligible: int
@@ -56,18 +55,14 @@ class OwnState:
         """Return what a resumed run needs."""
         alignment: Any = self.alignment
         saved = alignment.state_dict() if hasattr(alignment, "state_dict") else None
-        return {
-            "counts": list(self.counts),
-            **self.gradients.state_dict(),
-            **self.rho.state_dict(),
-            "alignment": saved,
-        }
+        own = {"counts": list(self.counts), "alignment": saved}
+        return own | self.gradients.state_dict() | self.rho.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: list[Tensor]) -> None:
         """Go on where `state` was saved; an alignment or gradient that does not fit changes nothing."""
         gradients = AlignmentGradients()
-        alignment: Any = self.alignment
         gradients.load_state_dict(state, parameters)
+        alignment: Any = self.alignment
         if state["alignment"] is not None and hasattr(alignment, "load_state_dict"):
             alignment.load_state_dict(state["alignment"])
         self.gradients = gradients
@@ -94,13 +89,11 @@ def as_numbers(own: Mapping[str, Any]) -> dict[str, float]:
 def without_numbers(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Parameter groups as the base optimizer knows them, and our own state if they had entries of it."""
     prefix = f"{OWN_STATE}_"
-    numbers = {
-        key.removeprefix(prefix): value
-        for group in groups
-        for key, value in group.items()
-        if key.startswith(prefix)
-    }
-    bare = [{key: value for key, value in group.items() if not key.startswith(prefix)} for group in groups]
+    bare = [dict(group) for group in groups]
+    numbers: dict[str, Any] = {}
+    for group in bare:
+        for key in [key for key in group if key.startswith(prefix)]:
+            numbers[key.removeprefix(prefix)] = group.pop(key)
     if not numbers:
         return bare, None
     own = {"counts": [numbers.pop(name) for name in StepCounts._fields], "pulled": None, "pulled_age": 0}

@@ -9,24 +9,11 @@ from torch.optim import Optimizer
 from safegrad_optim.optimizer._checks import UnprotectedStepError
 from safegrad_optim.optimizer._state import OwnState
 from safegrad_optim.parallel import is_distributed_tensor, local, on_any_rank, require_same
-from safegrad_optim.surgery import (
-    GradientProducts,
-    Gradients,
-    Pairs,
-    decide,
-    sums_of,
-    surgery_stats,
-    take_apart,
-    update_,
-)
+from safegrad_optim.surgery import GradientProducts, Gradients, Pairs, combine_pairs_, sums_of, take_apart
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
-    """Return the parameters that a step moves, in the order of groups.
-
-    Raises:
-        UnprotectedStepError: a frozen parameter has a gradient.
-    """
+    """Return the parameters that a step moves, in the order of groups; a frozen one has no gradient."""
     parameters = []
     for index, group in enumerate(base.param_groups):
         for parameter in group["params"]:
@@ -60,10 +47,8 @@ def operate_(
         ValueError: the gradients do not fit, or ranks are about to take different steps.
     """
     gradients = take_apart(user_grads, alignment_grads)
-    products = _checked_sums(own, gradients)
-    decision = decide(products, own.rho(products))
-    stats = surgery_stats(products, decision)
-    for parameter, grad in zip(parameters, update_(gradients, decision), strict=True):
+    final, stats = combine_pairs_(gradients, _checked_sums(own, gradients), own.rho)
+    for parameter, grad in zip(parameters, final, strict=True):
         parameter.grad = grad
     if own.max_grad_norm is not None:
         _clip_(parameters, own.max_grad_norm, stats.final_norm.to(torch.float32))

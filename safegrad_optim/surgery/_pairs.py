@@ -17,8 +17,7 @@ class Pair(NamedTuple):
 
     user: Tensor | None
     alignment: Tensor | None
-    copies: int
-    """How many ranks hold the same elements, and so add them up as well."""
+    copies: int  # how many ranks hold the same elements, and so add them up as well
 
 
 class Pairs(NamedTuple):
@@ -28,18 +27,12 @@ class Pairs(NamedTuple):
     alignment_grads: Gradients
     pairs: list[Pair]
     is_sharded: bool
-    device: torch.device
-    """That of the first gradient."""
-    eps: float
-    """Relative precision of sums over the gradients."""
+    device: torch.device  # that of the first gradient
+    eps: float  # relative precision of sums over the gradients
 
 
 def take_apart(user_grads: Gradients, alignment_grads: Gradients) -> Pairs:
     """Check that two gradient lists can be combined entry by entry, and take them apart.
-
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss in the same order.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or placements differ, or a dtype has no gradients.
@@ -70,23 +63,21 @@ def take_apart(user_grads: Gradients, alignment_grads: Gradients) -> Pairs:
 
 
 def _check(index: int, gradients: list[tuple[Tensor, Held]]) -> None:
+    traits: list[dict[str, object]] = []
     for gradient, part in gradients:
         if part.is_pending:
             raise NotImplementedError(
                 f"Gradient {index} is placed as {part.placement}: its sum over ranks is pending. "
                 "Redistribute it to the placements of its parameter."
             )
-        if not (gradient.is_floating_point() or gradient.is_complex()):
-            raise ValueError(f"Gradient {index} has dtype {gradient.dtype}, expected a floating-point one.")
-    names = ("shape", "dtype", "device", "placement")
-    for what, *found in zip(names, *map(_traits, gradients), strict=True):
-        if found and found[0] != found[-1]:
+        dtype, device = gradient.dtype, gradient.device
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise ValueError(f"Gradient {index} has dtype {dtype}, expected a floating-point one.")
+        shape = tuple(gradient.shape)
+        traits.append({"shape": shape, "dtype": dtype, "device": device, "placement": part.placement})
+    for what in traits[0] if len(traits) == 2 else ():
+        if traits[0][what] != traits[1][what]:
             raise ValueError(
-                f"Gradient {index}: user-task {what} {found[0]} != alignment {what} {found[-1]}. "
-                "Build both from the same optimizer.param_groups."
+                f"Gradient {index}: user-task {what} {traits[0][what]} != alignment {what} "
+                f"{traits[1][what]}. Build both from the same optimizer.param_groups."
             )
-
-
-def _traits(gradient: tuple[Tensor, Held]) -> tuple[object, ...]:
-    tensor, part = gradient
-    return tuple(tensor.shape), tensor.dtype, tensor.device, part.placement
