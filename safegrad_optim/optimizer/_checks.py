@@ -50,7 +50,28 @@ def check_alignment(parameters: list[Tensor], grads: Gradients) -> None:
     take_apart(parameters, grads)
     if all(grad is None for grad in grads):
         raise ValueError(
-            f"All {len(grads)} alignment gradients are None: the alignment loss does not depend on any "
-            "parameter of this optimizer. Compute it with the model whose parameters are optimized; if "
-            "DeepSpeed ZeRO has put others in their place, use FSDP2 instead."
+            f"All {len(grads)} alignment gradients are None: their loss depends on no parameter of this "
+            "optimizer. Compute it with the model whose parameters are optimized; if DeepSpeed ZeRO has put "
+            "others in their place, use FSDP2 instead."
         )
+
+
+def check_callable(alignment: object) -> None:
+    """Check what gives the alignment gradient."""
+    if alignment is not None and not callable(alignment):
+        raise TypeError(
+            f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment. "
+            "Give gradients to set_alignment_grad() instead."
+        )
+
+
+def check_max_grad_norm(norm: float | None) -> None:
+    """Check what the final gradient is clipped to."""
+    if norm is not None and not norm > 0.0:
+        raise ValueError(f"max_grad_norm is {norm}, expected a number > 0 or None.")
+
+
+def check_refresh_every(steps: int) -> None:
+    """Check how many steps an alignment gradient serves."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"refresh_every is {steps}, expected a whole number >= 1.")

@@ -93,8 +93,7 @@ def _in_order(parameters: list[Tensor], grads: Mapping[Tensor, Tensor | None]) -
     if missing or unknown:
         raise ValueError(
             f"Alignment gradients miss {len(missing)} parameters (of shapes {missing[:3]}) and have "
-            f"{len(unknown)} unknown ones ({unknown[:3]}). Give one entry, a tensor or None, for each "
-            "trainable parameter."
+            f"{len(unknown)} unknown ones ({unknown[:3]}). Give a tensor or None for each trainable one."
         )
     return [grads[parameter] for parameter in parameters]
 

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safegrad_optim._torch_private import hooks_of, make_hook_registries
-from safegrad_optim.optimizer._checks import UnprotectedStepError, check_base, check_groups
+from safegrad_optim.optimizer import _checks
 from safegrad_optim.optimizer._gradients import AlignmentCallable
-from safegrad_optim.optimizer._option import Kept, check_callable, check_max_grad_norm, check_refresh_every
-from safegrad_optim.optimizer._state import OWN_STATE, OwnState, StepCounts, as_numbers, without_numbers
+from safegrad_optim.optimizer._state import OWN_STATE, Kept, OwnState, StepCounts, as_numbers, without_numbers
 from safegrad_optim.optimizer._step import is_state_probe, operate_, trainable_parameters
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
 from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats
@@ -44,9 +43,9 @@ class SafeGradOptimizer(Optimizer):
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
     """
 
-    alignment = Kept[AlignmentCallable | None]("_own", check_callable)
-    max_grad_norm = Kept[float | None]("_own", check_max_grad_norm)
-    refresh_every = Kept[int]("_own", check_refresh_every)
+    alignment = Kept[AlignmentCallable | None]("_own", _checks.check_callable)
+    max_grad_norm = Kept[float | None]("_own", _checks.check_max_grad_norm)
+    refresh_every = Kept[int]("_own", _checks.check_refresh_every)
     allow_unprotected = Kept[bool]("_own")
     # What the base owns is read from it at each use: load_state_dict replaces the objects, and FSDP2
     # swaps the parameters inside param_groups.
@@ -64,7 +63,7 @@ class SafeGradOptimizer(Optimizer):
         refresh_every: int = 1,
         allow_unprotected: bool = False,
     ) -> None:
-        check_base(base_optimizer)
+        _checks.check_base(base_optimizer)
         self.base_optimizer = base_optimizer
         self._own = OwnState(ConstantRho(rho))
         self.alignment = alignment
@@ -98,11 +97,11 @@ class SafeGradOptimizer(Optimizer):
 
         Args:
             grads: one tensor or `None` for each trainable parameter, as a sequence in `param_groups` order
-                or as a mapping by parameter. Copied, so that they may be overwritten afterwards.
+                or as a mapping by parameter; copied.
 
         Raises:
             ValueError: an entry is missing, unknown, or has another shape, dtype or device than its
-                parameter; or all entries are `None`. The gradient set before, if any, stays.
+                parameter; or all are `None`. The gradient set before, if any, stays.
         """
         self._own.gradients.push(trainable_parameters(self.base_optimizer), grads)
 
@@ -124,7 +123,7 @@ class SafeGradOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Here as well as at construction: groups may be added, or replaced by load_state_dict.
-        check_groups(self.base_optimizer)
+        _checks.check_groups(self.base_optimizer)
         parameters = trainable_parameters(self.base_optimizer)
         for parameter in filter(is_distributed_tensor, parameters):
             parameter.grad = placed_as(parameter.grad, parameter)
@@ -139,7 +138,7 @@ class SafeGradOptimizer(Optimizer):
         elif own.allow_unprotected:
             own.unprotected += 1
         else:
-            raise UnprotectedStepError(
+            raise _checks.UnprotectedStepError(
                 f"No alignment gradient for step {own.steps + 1}: one given to set_alignment_grad() serves "
                 "exactly one step. Call it before each step, give SafeGradOptimizer an alignment such as "
                 "KLAlignment(...), or allow_unprotected=True to take such steps unprotected."
@@ -160,9 +159,9 @@ class SafeGradOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "safegrad", what a resumed run needs besides.
 
-        The bare optimizer loads it as well and leaves "safegrad" out: the counts, rho, the alignment gradient
-        that still serves steps of `refresh_every`, and the `state_dict` of `alignment`. All but the
-        gradient is in the first parameter group too, where torch.distributed.checkpoint keeps it.
+        That is the counts, rho, the alignment gradient that still serves steps, and the `state_dict` of
+        `alignment`. The bare optimizer loads it too and leaves it out. All but the gradient is in the first
+        parameter group as well, where torch.distributed.checkpoint keeps it.
         """
         for pre_hook in hooks_of(self, "state_dict_pre"):
             pre_hook(self)
@@ -179,8 +178,7 @@ class SafeGradOptimizer(Optimizer):
         """Load the state of this or the bare optimizer; after the latter, a new gradient is pulled.
 
         Raises:
-            ValueError: the state is of a run with another reference or other safety batches. Nothing
-                has changed then.
+            ValueError: it is of a run with another reference or safety batches; nothing has changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in hooks_of(self, "load_state_dict_pre"):

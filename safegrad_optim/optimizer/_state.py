@@ -1,9 +1,9 @@
 """All that SafeGradOptimizer has besides its base optimizer, in one object, and how that is saved."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -12,26 +12,40 @@ from safegrad_optim.surgery import ConstantRho, SurgeryStats
 
 OWN_STATE = "safegrad"
 """The key of `state_dict()` under which it is, and the prefix of its entries in a parameter group."""
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """An attribute that is read from the optimizer's `keeper`, and checked whenever it is set there."""
+
+    def __init__(self, keeper: str, check: Callable[[T], None] = lambda value: None) -> None:
+        self._keeper = keeper
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> T:
+        value: T = getattr(getattr(optimizer, self._keeper), self._name)
+        return value
+
+    def __set__(self, optimizer: Any, value: T) -> None:
+        self._check(value)
+        setattr(getattr(optimizer, self._keeper), self._name, value)
 
 
 class StepCounts(NamedTuple):
     """How many steps an optimizer has taken, and of which kind."""
 
     steps: int
-    conflicts: int
-    """Steps whose user gradient conflicted and was projected."""
-    negligible: int
-    """Steps whose alignment gradient was zero or rounding noise: plain steps by design."""
-    unprotected: int
-    """Steps without an alignment gradient, under `allow_unprotected=True`."""
+    conflicts: int  # whose user gradient conflicted and was projected
+    negligible: int  # whose alignment gradient was zero or rounding noise: plain steps by design
+    unprotected: int  # without an alignment gradient, under `allow_unprotected=True`
 
 
 @dataclass
 class OwnState:
-    """Options, and how far the run has come.
-
-    It is changed in place and never replaced, so that whatever stands in for the optimizer shares it.
-    """
+    """Options, and how far the run has come; changed in place, so that what stands in for us shares it."""
 
     rho: ConstantRho
     alignment: AlignmentCallable | None = None
@@ -69,8 +83,8 @@ class OwnState:
         # States of before have no rho.
         if state.get("rho", self.rho.rho) != self.rho.rho:
             warnings.warn(
-                f"The saved run has rho {state['rho']}, this optimizer {self.rho.rho}; it goes on with that "
-                "of the saved run. Set optimizer.rho after load_state_dict() to have another.",
+                f"The saved run has rho {state['rho']}, this optimizer {self.rho.rho}; it goes on with the "
+                "saved one. Set optimizer.rho after load_state_dict() to have another.",
                 stacklevel=3,
             )
         self.rho.load_state_dict({**self.rho.state_dict(), **state})
@@ -96,6 +110,6 @@ def without_numbers(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
             numbers[key.removeprefix(prefix)] = group.pop(key)
     if not numbers:
         return bare, None
-    own = {"counts": [numbers.pop(name) for name in StepCounts._fields], "pulled": None, "pulled_age": 0}
+    own: dict[str, Any] = {"counts": [numbers.pop(name) for name in StepCounts._fields]}
     own |= {"rho": numbers.pop("rho")} if "rho" in numbers else {}
-    return bare, {**own, "alignment": numbers or None}
+    return bare, {**own, "pulled": None, "pulled_age": 0, "alignment": numbers or None}

@@ -61,8 +61,8 @@ def safety_rows(
         raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            f"The {type(tokenizer).__name__} has no chat template, so it does not say where a reply "
-            "starts. Set tokenizer.chat_template, or use the tokenizer of the aligned chat model."
+            f"The {type(tokenizer).__name__} has no chat template, which says where a reply starts. "
+            "Set tokenizer.chat_template, or use the tokenizer of the aligned chat model."
         )
     turns = [_turn(name, row, tokenizer, max_length) for name, row in _named_rows(data)]
     if not turns:
@@ -75,7 +75,8 @@ def safety_rows(
                 f"{len(bare)} of {len(turns)} safety rows have no response (first: {next(iter(bare))}). "
                 "Give each a 'response', or the aligned model as model= to write its own."
             )
-        replies = greedy_replies(model, tokenizer, bare, max_new_tokens, batch_size)
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        replies = greedy_replies(model, tokenizer, bare, progress="Replies to safety requests", **options)
     texts = {name: tokenizer.decode(reply, skip_special_tokens=True) for name, reply in replies.items()}
     complied = {name: text.strip() for name, text in texts.items() if not is_refusal(text)}
     turns = [turn for turn in turns if turn.name not in complied]
@@ -83,10 +84,10 @@ def safety_rows(
         shown = "; ".join(f"{name}: {text[:60]!r}" for name, text in list(complied.items())[:3])
         found = f"The model does not refuse {len(complied)} of {len(bare)} bare requests (first: {shown})."
         if on_compliance == "raise" or not turns:
+            end = "." if turns else "; but then no row is left. Is this the aligned model?"
             raise ValueError(
                 f"{found} Such replies would protect compliance. Give these rows a 'response' that refuses, "
-                "remove them, or leave them out by on_compliance='drop'"
-                + ("." if turns else "; but then no row is left. Is this the aligned model?")
+                f"remove them, or leave them out by on_compliance='drop'{end}"
             )
         warnings.warn(f"{found} They are left out; rows kept: {len(turns)}.", stacklevel=2)
     responses = {turn.name: turn.response for turn in turns if turn.response is not None} | replies
@@ -117,19 +118,17 @@ def _turn(name: str, row: Any, tokenizer: Any, max_length: int) -> _Turn:
     replied = messages[-1]["role"] == "assistant"
     prompt = _token_ids(name, tokenizer, messages[:-1] if replied else messages, True)
     if len(prompt) >= max_length:
-        raise ValueError(
-            f"{name}: its prompt has {len(prompt)} tokens and max_length is {max_length}, which leaves "
-            "none of its response. Raise max_length, or shorten the prompt."
-        )
+        found = f"{name}: its prompt has {len(prompt)} tokens and max_length is {max_length}"
+        raise ValueError(f"{found}, which leaves no response. Raise max_length, or shorten the prompt.")
     if not replied:
         return _Turn(name, prompt, None)
     tokens = _token_ids(name, tokenizer, messages, False)
     if tokens[: len(prompt)] != prompt:
+        expected, found = (tokenizer.decode(ids[: len(prompt)])[-40:] for ids in (prompt, tokens))
         raise ValueError(
-            f"{name}: the conversation does not start with the tokens of its prompt, so where the response "
-            f"starts is unknown. Expected {tokenizer.decode(prompt)[-40:]!r} before it, found "
-            f"{tokenizer.decode(tokens[: len(prompt)])[-40:]!r}. Remove white space before the response, or "
-            "use a chat template that writes a prompt alike with and without a reply."
+            f"{name}: the conversation does not start with the tokens of its prompt, then the response. "
+            f"Expected {expected!r} before it, found {found!r}. "
+            "Remove white space there, or use a template that writes prompts alike with and without a reply."
         )
     return _Turn(name, prompt, _through_end_of_turn(tokens[len(prompt) :], tokenizer))
 

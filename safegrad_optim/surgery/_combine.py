@@ -1,7 +1,4 @@
-"""Eq. 4 and 5 of the paper on lists of tensors, in place or not.
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
-"""
+"""Eq. 4 and 5 of the paper (arXiv 2508.07172) on lists of tensors, in place or not."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -22,7 +19,17 @@ def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> li
 
     The sums run over the parameters that have both gradients; where either is `None`, the entry of
     `user_grads` is returned as it is, because the user's step does not move what it has no gradient for.
-    Args and errors are those of `combine_`; the tensors returned are new.
+
+    Args:
+        user_grads: gradients of the user's loss, `None` where a parameter has none.
+        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
+
+    Returns:
+        New tensors with the dtypes of `user_grads`.
+
+    Raises:
+        ValueError: the lists cannot be combined.
+        NotImplementedError: the sum over ranks of a DTensor is pending.
     """
     projected, _ = combine(user_grads, alignment_grads, rho=0.0)
     return [None if user is None else gradient for user, gradient in zip(user_grads, projected, strict=True)]
@@ -35,7 +42,7 @@ def combine(
 
     g = g'_user + rho g_align    (Eq. 5, g'_user as in `project_conflicting`)
 
-    Args and errors are those of `combine_`; the tensors returned are new.
+    Arguments and errors are those of `combine_`; the tensors returned are new.
     """
     copies = [None if user is None else user.clone() for user in user_grads]
     return combine_(copies, alignment_grads, rho)
@@ -65,8 +72,7 @@ def combine_(
         and the statistics of the step.
 
     Raises:
-        ValueError: `rho` is negative or not finite, or the lists cannot be combined.
-        NotImplementedError: the sum over ranks of a DTensor is pending.
+        ValueError: `rho` is negative or not finite; or as `project_conflicting`.
     """
     rule = ConstantRho(rho)
     gradients = take_apart(user_grads, alignment_grads)

@@ -12,20 +12,13 @@ from safegrad_optim.surgery._blocks import widened_dtype
 Gradients = Sequence[Tensor | None]
 
 
-class Pair(NamedTuple):
-    """What this rank holds of the two gradients of one parameter."""
-
-    user: Tensor | None
-    alignment: Tensor | None
-    copies: int  # how many ranks hold the same elements, and so add them up as well
-
-
 class Pairs(NamedTuple):
     """Two gradient lists that can be combined."""
 
     user_grads: Gradients
     alignment_grads: Gradients
-    pairs: list[Pair]
+    # Of each parameter, what this rank holds of both, and how many ranks hold and so add up the same.
+    pairs: list[tuple[Tensor | None, Tensor | None, int]]
     is_sharded: bool
     device: torch.device  # that of the first gradient
     eps: float  # relative precision of sums over the gradients
@@ -43,14 +36,14 @@ def take_apart(user_grads: Gradients, alignment_grads: Gradients) -> Pairs:
             f"{len(user_grads)} user-task gradients != {len(alignment_grads)} alignment gradients. "
             "Build both from the same optimizer.param_groups."
         )
-    pairs: list[Pair] = []
+    pairs: list[tuple[Tensor | None, Tensor | None, int]] = []
     parts: list[tuple[Tensor, Held]] = []
     for index, gradients in enumerate(zip(user_grads, alignment_grads, strict=True)):
         own = [None if gradient is None else (gradient, held(gradient)) for gradient in gradients]
         present = [part for part in own if part is not None]
         _check(index, present)
         user, alignment = (None if part is None else part[1].local for part in own)
-        pairs.append(Pair(user, alignment, present[0][1].copies if present else 1))
+        pairs.append((user, alignment, present[0][1].copies if present else 1))
         parts += present
     return Pairs(
         user_grads,

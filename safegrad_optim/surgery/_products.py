@@ -13,16 +13,11 @@ from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 class GradientProducts(NamedTuple):
     """The four sums that decide a step; each a 0-dim fp64 tensor (fp32 where fp64 is missing)."""
 
-    inner_product: Tensor
-    """<g_user, g_align> over all parameters that have both gradients."""
-    user_sq_norm: Tensor
-    """||g_user||^2."""
-    alignment_sq_norm: Tensor
-    """||g_align||^2 over all parameters."""
-    shared_alignment_sq_norm: Tensor
-    """||g_align||^2 over the parameters that also have a user gradient."""
-    eps: float
-    """Relative precision of the accumulation."""
+    inner_product: Tensor  # <g_user, g_align> over all parameters that have both gradients
+    user_sq_norm: Tensor  # ||g_user||^2
+    alignment_sq_norm: Tensor  # ||g_align||^2 over all parameters
+    shared_alignment_sq_norm: Tensor  # ||g_align||^2 over those that also have a user gradient
+    eps: float  # relative precision of the accumulation
 
     @property
     def negligible(self) -> Tensor:
@@ -38,18 +33,8 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
 
     <u, a> = sum_i sum(u_i * a_i), likewise <u, u> and <a, a>, one sum over all tensors together.
 
-    With DTensors among them all ranks have to call this, and it takes one all-reduce.
-
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
-
-    Returns:
-        The sums on the device of the first gradient.
-
-    Raises:
-        ValueError: the lists cannot be combined.
-        NotImplementedError: the sum over ranks of a DTensor is pending.
+    With DTensors among them all ranks have to call this, and it takes one all-reduce. Arguments and errors
+    are those of `project_conflicting`; the sums are on the device of the first gradient.
     """
     return sums_of(take_apart(user_grads, alignment_grads))
 
