@@ -47,8 +47,7 @@ def safegrad_optimizer(
     Args:
         args: the Trainer's arguments; `optim`, `learning_rate` and the like make the base optimizer.
         safety_batches: as `KLAlignment` takes them.
-        rho: weight of the alignment gradient, >= 0; the paper uses 1.
-        refresh_every: number of steps that one alignment gradient serves.
+        rho, refresh_every: as `SafeGradOptimizer` takes them.
         max_grad_norm: clip the final gradient to this norm; set `args.max_grad_norm=0` with it.
         alignment_options: keyword arguments of `KLAlignment`; `autocast_dtype` follows `args`.
 
@@ -109,11 +108,10 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         self._skipped = 0
 
     def add_to(self, trainer: Trainer) -> None:
-        """Add the callback to a Trainer, before its reporters.
+        """Add the callback to a Trainer, before its reporters, which miss its metrics otherwise.
 
-        Through `Trainer(callbacks=[...])` it comes after them: its metrics are printed and kept in
-        `state.log_history`, but do not reach TensorBoard or Weights & Biases.
-        `restore_callback_states_from_checkpoint=True` is not needed to resume, and moves it there too.
+        `Trainer(callbacks=[...])` puts it behind them, and so does
+        `restore_callback_states_from_checkpoint=True`, which is not needed to resume.
         """
         _trainer.add_first(trainer, self)
         self._before_reporters = True

@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 
 from safegrad_optim._torch_private import hooks_of, make_hook_registries
 from safegrad_optim.optimizer import _checks
-from safegrad_optim.optimizer._gradients import AlignmentCallable
-from safegrad_optim.optimizer._state import OWN_STATE, Kept, OwnState, StepCounts, as_numbers, without_numbers
+from safegrad_optim.optimizer._state import AlignmentCallable, Kept, OwnState, StepCounts, merged, split
 from safegrad_optim.optimizer._step import is_state_probe, operate_, trainable_parameters
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
 from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats
@@ -154,7 +153,7 @@ class SafeGradOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer; the next step pulls a new alignment gradient."""
         self.base_optimizer.add_param_group(param_group)
-        self._own.gradients.drop()
+        self._own.gradients.pulled = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "safegrad", what a resumed run needs besides.
@@ -165,10 +164,7 @@ class SafeGradOptimizer(Optimizer):
         """
         for pre_hook in hooks_of(self, "state_dict_pre"):
             pre_hook(self)
-        own = self._own.state_dict()
-        state_dict = {**self.base_optimizer.state_dict(), OWN_STATE: own}
-        first, *others = state_dict["param_groups"]
-        state_dict["param_groups"] = [{**first, **as_numbers(own)}, *others]
+        state_dict = merged(self.base_optimizer.state_dict(), self._own.state_dict())
         for post_hook in hooks_of(self, "state_dict_post"):
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -184,9 +180,8 @@ class SafeGradOptimizer(Optimizer):
         for pre_hook in hooks_of(self, "load_state_dict_pre"):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        state_dict["param_groups"], numbers = without_numbers(state_dict["param_groups"])
-        own = state_dict.pop(OWN_STATE, numbers)
-        self._own.gradients.drop()
+        state_dict, own = split(state_dict)
+        self._own.gradients.pulled = None
         if own is not None:
             self._own.load_state_dict(own, trainable_parameters(self.base_optimizer))
         self.base_optimizer.load_state_dict(state_dict)

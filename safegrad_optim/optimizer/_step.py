@@ -13,7 +13,7 @@ from safegrad_optim.surgery import GradientProducts, Gradients, Pairs, combine_p
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
-    """Return the parameters that a step moves, in the order of groups; a frozen one has no gradient."""
+    """Return the parameters that a step moves, in the order of groups; frozen ones must have no gradient."""
     parameters = []
     for index, group in enumerate(base.param_groups):
         for parameter in group["params"]:
@@ -75,7 +75,7 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
         own.ranks_agree = not negligible
     if negligible or not all(map(math.isfinite, read)):
         # Zero at the reference, where training starts: it must not serve further steps.
-        own.gradients.drop()
+        own.gradients.pulled = None
     for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
         if not math.isfinite(sq_norm):
             raise UnprotectedStepError(

@@ -28,18 +28,16 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
 
 def data_parallel_places(model: nn.Module) -> set[tuple[int, int]]:
     """Return place and number of data-parallel ranks, one pair for each way in which the model is sharded."""
-    return {_place(group.mesh_info) for group in _fsdp_groups(model)}
-
-
-def _place(mesh_info: Any) -> tuple[int, int]:
-    if not hasattr(mesh_info, "shard_mesh_size"):
-        raise NotImplementedError(
-            "The model is replicated by torch's composable replicate(). Use DistributedDataParallel."
-        )
-    replicas = getattr(mesh_info, "replicate_mesh_size", 1)
-    replica = getattr(mesh_info, "replicate_mesh_rank", 0)
-    size = mesh_info.shard_mesh_size
-    return replica * size + mesh_info.shard_mesh_rank, replicas * size
+    places = set()
+    for mesh in (group.mesh_info for group in _fsdp_groups(model)):
+        if not hasattr(mesh, "shard_mesh_size"):
+            raise NotImplementedError(
+                "The model is replicated by torch's composable replicate(). Use DistributedDataParallel."
+            )
+        replica, replicas = getattr(mesh, "replicate_mesh_rank", 0), getattr(mesh, "replicate_mesh_size", 1)
+        size = mesh.shard_mesh_size
+        places.add((replica * size + mesh.shard_mesh_rank, replicas * size))
+    return places
 
 
 def reshard(model: nn.Module) -> None:

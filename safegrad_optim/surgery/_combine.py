@@ -19,17 +19,7 @@ def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> li
 
     The sums run over the parameters that have both gradients; where either is `None`, the entry of
     `user_grads` is returned as it is, because the user's step does not move what it has no gradient for.
-
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
-
-    Returns:
-        New tensors with the dtypes of `user_grads`.
-
-    Raises:
-        ValueError: the lists cannot be combined.
-        NotImplementedError: the sum over ranks of a DTensor is pending.
+    Arguments and errors are those of `combine_`; the tensors returned are new.
     """
     projected, _ = combine(user_grads, alignment_grads, rho=0.0)
     return [None if user is None else gradient for user, gradient in zip(user_grads, projected, strict=True)]
@@ -72,7 +62,8 @@ def combine_(
         and the statistics of the step.
 
     Raises:
-        ValueError: `rho` is negative or not finite; or as `project_conflicting`.
+        ValueError: `rho` is negative or not finite, or the lists cannot be combined.
+        NotImplementedError: the sum over ranks of a DTensor is pending.
     """
     rule = ConstantRho(rho)
     gradients = take_apart(user_grads, alignment_grads)

@@ -34,7 +34,7 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
     <u, a> = sum_i sum(u_i * a_i), likewise <u, u> and <a, a>, one sum over all tensors together.
 
     With DTensors among them all ranks have to call this, and it takes one all-reduce. Arguments and errors
-    are those of `project_conflicting`; the sums are on the device of the first gradient.
+    are those of `combine_`; the sums are on the device of the first gradient.
     """
     return sums_of(take_apart(user_grads, alignment_grads))
 
