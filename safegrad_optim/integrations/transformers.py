@@ -104,8 +104,8 @@ class SafeGradCallback(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self._optimizer: SafeGradOptimizer | None = None
         self._before_reporters = False
-        self._clear()
         self._skipped = 0
+        self._clear()
 
     def add_to(self, trainer: Trainer) -> None:
         """Add the callback to a Trainer, before its reporters, which miss its metrics otherwise.

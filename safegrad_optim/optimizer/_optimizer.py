@@ -190,13 +190,11 @@ class SafeGradOptimizer(Optimizer):
 
     def train(self) -> None:
         """Switch a schedule-free base optimizer to training weights; nothing for other bases."""
-        if hasattr(self.base_optimizer, "train"):
-            self.base_optimizer.train()
+        getattr(self.base_optimizer, "train", lambda: None)()
 
     def eval(self) -> None:
         """Switch a schedule-free base optimizer to evaluation weights; nothing for other bases."""
-        if hasattr(self.base_optimizer, "eval"):
-            self.base_optimizer.eval()
+        getattr(self.base_optimizer, "eval", lambda: None)()
 
     def __getstate__(self) -> dict[str, Any]:
         # As Optimizer does: no hooks, and not the `step` that an LR scheduler put on the instance.

@@ -66,13 +66,9 @@ def held(tensor: Tensor) -> Held:
         return Held(tensor, "unsharded", world_size(), is_sharded=False, is_pending=False)
     mesh, placements = tensor.device_mesh, tensor.placements
     replicas = math.prod(mesh.size(dim) for dim, placed in enumerate(placements) if placed.is_replicate())
-    return Held(
-        local(tensor),
-        _placement(tensor),
-        replicas * world_size() // mesh.size(),
-        is_sharded=True,
-        is_pending=any(placed.is_partial() for placed in placements),
-    )
+    copies = replicas * world_size() // mesh.size()
+    is_pending = any(placed.is_partial() for placed in placements)
+    return Held(local(tensor), _placement(tensor), copies, is_sharded=True, is_pending=is_pending)
 
 
 def _placement(tensor: "DTensor") -> str:

@@ -54,19 +54,14 @@ class SurgeryStats(NamedTuple):
 def decide(products: GradientProducts, rho: float) -> tuple[Tensor, SurgeryStats]:
     """Return c = rho + max(0, -<g_user, g_align>) / ||g_align||^2 as a 0-dim tensor, and the statistics."""
     inner, user_sq, alignment_sq, shared_sq, _ = products
-    conflict = (inner < 0) & ~products.negligible
+    negligible = products.negligible
+    conflict = (inner < 0) & ~negligible
     coefficient = rho + torch.where(conflict, -inner / shared_sq, 0.0)
     user_norm, alignment_norm = user_sq.sqrt(), alignment_sq.sqrt()
     norms = user_norm * alignment_norm
     # Of the parameters that have a user gradient, then of all.
     combined_sq = (user_sq + coefficient * (2 * inner + coefficient * shared_sq)).clamp(min=0)
-    final_sq = combined_sq + rho**2 * (alignment_sq - shared_sq)
-    return coefficient, SurgeryStats(
-        inner_product=inner,
-        cosine=torch.where(norms == 0, 0.0, inner / norms).clamp(-1, 1),
-        user_norm=user_norm,
-        alignment_norm=alignment_norm,
-        conflict=conflict,
-        negligible=products.negligible,
-        final_norm=final_sq.sqrt(),
-    )
+    final_norm = (combined_sq + rho**2 * (alignment_sq - shared_sq)).sqrt()
+    cosine = torch.where(norms == 0, 0.0, inner / norms).clamp(-1, 1)
+    stats = SurgeryStats(inner, cosine, user_norm, alignment_norm, conflict, negligible, final_norm)
+    return coefficient, stats

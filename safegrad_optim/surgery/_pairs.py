@@ -45,14 +45,10 @@ def take_apart(user_grads: Gradients, alignment_grads: Gradients) -> Pairs:
         user, alignment = (None if part is None else part[1].local for part in own)
         pairs.append((user, alignment, present[0][1].copies if present else 1))
         parts += present
-    return Pairs(
-        user_grads,
-        alignment_grads,
-        pairs,
-        is_sharded=any(part.is_sharded for _, part in parts),
-        device=parts[0][0].device if parts else torch.device("cpu"),
-        eps=max((torch.finfo(widened_dtype(gradient.dtype)).eps for gradient, _ in parts), default=0.0),
-    )
+    is_sharded = any(part.is_sharded for _, part in parts)
+    device = parts[0][0].device if parts else torch.device("cpu")
+    eps = max((torch.finfo(widened_dtype(gradient.dtype)).eps for gradient, _ in parts), default=0.0)
+    return Pairs(user_grads, alignment_grads, pairs, is_sharded, device, eps)
 
 
 def _check(index: int, gradients: list[tuple[Tensor, Held]]) -> None:
