@@ -122,8 +122,8 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         if not isinstance(optimizer, SafeGradOptimizer):
             raise UnprotectedStepError(
                 f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer. "
-                "Pass it optimizers=(SafeGradOptimizer(...), None) or "
-                "optimizer_cls_and_kwargs=safegrad_optimizer(args, safety_batches)."
+                "Pass optimizers=(SafeGradOptimizer(...), None), or what safegrad_optimizer() returns as "
+                "optimizer_cls_and_kwargs."
             )
         _warn_of_clipping(args)
         if args.report_to and not self._before_reporters:

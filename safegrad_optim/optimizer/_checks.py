@@ -50,9 +50,8 @@ def check_alignment(parameters: list[Tensor], grads: Gradients) -> None:
     take_apart(parameters, grads)
     if all(grad is None for grad in grads):
         raise ValueError(
-            f"All {len(grads)} alignment gradients are None: their loss depends on no parameter of this "
-            "optimizer. Compute it with the model whose parameters are optimized; if DeepSpeed ZeRO has put "
-            "others in their place, use FSDP2 instead."
+            f"All {len(grads)} alignment gradients are None: their loss has no parameter of this optimizer. "
+            "Compute it with the model that is optimized; if DeepSpeed ZeRO put others in place, use FSDP2."
         )
 
 

@@ -102,7 +102,7 @@ class SafeGradOptimizer(Optimizer):
             ValueError: an entry is missing, unknown, or has another shape, dtype or device than its
                 parameter; or all are `None`. The gradient set before, if any, stays.
         """
-        self._own.gradients.push(trainable_parameters(self.base_optimizer), grads)
+        self._own.push(trainable_parameters(self.base_optimizer), grads)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -131,7 +131,7 @@ class SafeGradOptimizer(Optimizer):
             self.base_optimizer.step()
             return loss
         own = self._own
-        alignment_grads = own.gradients.take(parameters, own.alignment, own.refresh_every)
+        alignment_grads = own.take(parameters)
         if alignment_grads is not None:
             operate_(own, parameters, user_grads, alignment_grads)
         elif own.allow_unprotected:
@@ -153,7 +153,7 @@ class SafeGradOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer; the next step pulls a new alignment gradient."""
         self.base_optimizer.add_param_group(param_group)
-        self._own.gradients.pulled = None
+        self._own.pulled = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "safegrad", what a resumed run needs besides.
@@ -181,7 +181,7 @@ class SafeGradOptimizer(Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state_dict, own = split(state_dict)
-        self._own.gradients.pulled = None
+        self._own.pulled = None
         if own is not None:
             self._own.load_state_dict(own, trainable_parameters(self.base_optimizer))
         self.base_optimizer.load_state_dict(state_dict)

@@ -48,55 +48,6 @@ class StepCounts(NamedTuple):
 
 
 @dataclass
-class AlignmentGradients:
-    """The alignment gradients that steps have not used up."""
-
-    pushed: list[Tensor | None] | None = None
-    pulled: list[Tensor | None] | None = None
-    pulled_for: list[Tensor] = field(default_factory=list)
-    age: int = 0  # how many steps the pulled one has served
-
-    def push(self, parameters: list[Tensor], grads: Gradients | Mapping[Tensor, Tensor | None]) -> None:
-        """Keep a copy of gradients for the next step."""
-        ordered = _in_order(parameters, grads) if isinstance(grads, Mapping) else grads
-        check_alignment(parameters, ordered)
-        self.pushed = [None if grad is None else grad.clone() for grad in ordered]
-
-    def take(
-        self, parameters: list[Tensor], alignment: AlignmentCallable | None, refresh_every: int
-    ) -> Gradients | None:
-        """Return the gradient of this step: the pushed one, else a pulled one, `None` if there is neither."""
-        if self.pushed is not None:
-            grads, self.pushed = self.pushed, None
-            check_alignment(parameters, grads)
-            return grads
-        if alignment is None:
-            return None
-        pulled = self.pulled
-        # Freezing some parameters and training others must not give one the gradient of another.
-        if pulled is None or list(map(id, parameters)) != list(map(id, self.pulled_for)):
-            pulled = _pull(parameters, alignment)
-            self.pulled_for, self.age = parameters, 0
-        self.age += 1
-        self.pulled = pulled if self.age < refresh_every else None
-        return pulled
-
-    def load_state_dict(self, state: Mapping[str, Any], parameters: list[Tensor]) -> None:
-        """Go on with the pulled gradient of a saved run, which has to be of these parameters."""
-        saved = state["pulled"]
-        if saved is not None:
-            if len(saved) != len(parameters):
-                raise ValueError(
-                    f"The saved alignment gradient is of {len(saved)} parameters, this optimizer has "
-                    f"{len(parameters)} trainable ones. Freeze the same parameters as the run that saved it."
-                )
-            pairs = zip(saved, parameters, strict=True)
-            saved = [None if grad is None else grad.to(parameter.device) for grad, parameter in pairs]
-            check_alignment(parameters, saved)
-        self.pulled, self.pulled_for, self.age = saved, parameters, state["pulled_age"]
-
-
-@dataclass
 class OwnState:
     """Options, and how far the run has come; changed in place, so that what stands in for us shares it."""
 
@@ -105,7 +56,10 @@ class OwnState:
     max_grad_norm: float | None = None
     refresh_every: int = 1
     allow_unprotected: bool = False
-    gradients: AlignmentGradients = field(default_factory=AlignmentGradients)
+    pushed: list[Tensor | None] | None = None
+    pulled: list[Tensor | None] | None = None
+    pulled_for: list[Tensor] = field(default_factory=list)
+    pulled_age: int = 0  # how many steps the pulled gradient has served
     stats: SurgeryStats | None = None
     steps: int = 0
     conflicts: Tensor | int = 0
@@ -118,21 +72,44 @@ class OwnState:
         """Number of steps so far by kind; reading it waits for the device."""
         return StepCounts(self.steps, int(self.conflicts), int(self.negligible), self.unprotected)
 
+    def push(self, parameters: list[Tensor], grads: Gradients | Mapping[Tensor, Tensor | None]) -> None:
+        """Keep a copy of alignment gradients for the next step."""
+        ordered = _in_order(parameters, grads) if isinstance(grads, Mapping) else grads
+        check_alignment(parameters, ordered)
+        self.pushed = [None if grad is None else grad.clone() for grad in ordered]
+
+    def take(self, parameters: list[Tensor]) -> Gradients | None:
+        """Return the alignment gradient of this step: the pushed one, else a pulled one, else `None`."""
+        if self.pushed is not None:
+            grads, self.pushed = self.pushed, None
+            check_alignment(parameters, grads)
+            return grads
+        if self.alignment is None:
+            return None
+        pulled = self.pulled
+        # Freezing some parameters and training others must not give one the gradient of another.
+        if pulled is None or list(map(id, parameters)) != list(map(id, self.pulled_for)):
+            pulled = _pull(parameters, self.alignment)
+            self.pulled_for, self.pulled_age = parameters, 0
+        self.pulled_age += 1
+        self.pulled = pulled if self.pulled_age < self.refresh_every else None
+        return pulled
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
         alignment: Any = self.alignment
         saved = alignment.state_dict() if hasattr(alignment, "state_dict") else None
         own = {"counts": list(self.counts), "alignment": saved, **self.rho.state_dict()}
-        return {**own, "pulled": self.gradients.pulled, "pulled_age": self.gradients.age}
+        return {**own, "pulled": self.pulled, "pulled_age": self.pulled_age}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: list[Tensor]) -> None:
         """Go on where `state` was saved; an alignment or gradient that does not fit changes nothing."""
-        gradients = AlignmentGradients()
-        gradients.load_state_dict(state, parameters)
+        pulled = _on_devices(state["pulled"], parameters)
         alignment: Any = self.alignment
         if state["alignment"] is not None and hasattr(alignment, "load_state_dict"):
             alignment.load_state_dict(state["alignment"])
-        self.gradients = gradients
+        self.pushed, self.pulled = None, pulled
+        self.pulled_for, self.pulled_age = parameters, state["pulled_age"]
         # States of before have no rho.
         if state.get("rho", self.rho.rho) != self.rho.rho:
             warnings.warn(
@@ -169,6 +146,21 @@ def split(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | 
     own: dict[str, Any] = {"counts": [numbers.pop(name) for name in StepCounts._fields]}
     own |= {"rho": numbers.pop("rho")} if "rho" in numbers else {}
     return base, {**own, "pulled": None, "pulled_age": 0, "alignment": numbers or None}
+
+
+def _on_devices(saved: Gradients | None, parameters: list[Tensor]) -> list[Tensor | None] | None:
+    """The pulled gradient of a saved run, which has to be of these parameters."""
+    if saved is None:
+        return None
+    if len(saved) != len(parameters):
+        raise ValueError(
+            f"The saved alignment gradient is of {len(saved)} parameters, this optimizer has "
+            f"{len(parameters)} trainable ones. Freeze the same parameters as the run that saved it."
+        )
+    pairs = zip(saved, parameters, strict=True)
+    pulled = [None if grad is None else grad.to(parameter.device) for grad, parameter in pairs]
+    check_alignment(parameters, pulled)
+    return pulled
 
 
 def _pull(parameters: list[Tensor], alignment: AlignmentCallable) -> list[Tensor | None]:

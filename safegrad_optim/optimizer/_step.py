@@ -75,7 +75,7 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
         own.ranks_agree = not negligible
     if negligible or not all(map(math.isfinite, read)):
         # Zero at the reference, where training starts: it must not serve further steps.
-        own.gradients.pulled = None
+        own.pulled = None
     for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
         if not math.isfinite(sq_norm):
             raise UnprotectedStepError(

@@ -1,4 +1,4 @@
-"""The aligned model's own replies to bare requests, and whether a reply refuses."""
+"""A model's own replies, and whether a reply refuses."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safegrad_optim.forward import output_head, unchanged_evaluation
-from safegrad_optim.reference import reference_source
 
 _REFUSAL = re.compile(
     r"i (can't|cannot|can not|won't|will not|must decline|have to decline|refuse)"
@@ -25,16 +24,6 @@ def is_refusal(reply: str) -> bool:
     """
     opening = reply.strip()[:80].lower().replace("\u2019", "'")
     return _REFUSAL.search(opening) is not None
-
-
-def greedy_replies(
-    model: nn.Module, tokenizer: Any, prompts: dict[str, list[int]], **options: Any
-) -> dict[str, list[int]]:
-    """The aligned model's `greedy_tokens` by name; with PEFT adapters, those of the model without them."""
-    with reference_source(model).open():
-        return dict(
-            zip(prompts, greedy_tokens(model, tokenizer, [*prompts.values()], **options), strict=True)
-        )
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from safegrad_optim.batches import IGNORE_INDEX
+from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data._jsonl import read_jsonl
-from safegrad_optim.safety_data._replies import greedy_replies, is_refusal
+from safegrad_optim.safety_data._replies import greedy_tokens, is_refusal
 
 SafetyData = Iterable[Mapping[str, Any] | str] | str | PathLike[str]
 Message = Mapping[str, Any]
@@ -74,8 +75,11 @@ def safety_rows(
                 f"{len(bare)} of {len(turns)} safety rows have no response (first: {next(iter(bare))}). "
                 "Give each a 'response', or the aligned model as model= to write its own."
             )
-        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        replies = greedy_replies(model, tokenizer, bare, progress="Replies to safety requests", **options)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        options["progress"] = "Replies to safety requests"
+        with reference_source(model).open():
+            written = greedy_tokens(model, tokenizer, [*bare.values()], **options)
+        replies = dict(zip(bare, written, strict=True))
     texts = {name: tokenizer.decode(reply, skip_special_tokens=True) for name, reply in replies.items()}
     complied = {name: text.strip() for name, text in texts.items() if not is_refusal(text)}
     kept = {name: turn for name, turn in turns.items() if name not in complied}
@@ -89,10 +93,8 @@ def safety_rows(
                 f"remove them, or leave them out by on_compliance='drop'{end}"
             )
         warnings.warn(f"{found} They are left out; rows kept: {len(kept)}.", stacklevel=2)
-    return [
-        _labelled(prompt, replies[name] if response is None else response, max_length)
-        for name, (prompt, response) in kept.items()
-    ]
+    responses = {name: response for name, (_, response) in kept.items() if response is not None} | replies
+    return [_labelled(prompt, responses[name], max_length) for name, (prompt, _) in kept.items()]
 
 
 def _named_rows(data: SafetyData) -> Iterator[tuple[str, Any]]:
@@ -121,8 +123,8 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
         expected, found = (tokenizer.decode(ids[: len(prompt)])[-40:] for ids in (prompt, tokens))
         raise ValueError(
             f"{name}: the conversation does not start with the tokens of its prompt, then the response. "
-            f"Expected {expected!r} before it, found {found!r}. "
-            "Remove white space there, or use a template that writes prompts alike with and without a reply."
+            f"Expected {expected!r} before it, found {found!r}. Remove white space before the response, or "
+            "use a chat template that writes a prompt alike with and without a reply."
         )
     return prompt, _through_end_of_turn(tokens[len(prompt) :], tokenizer)
 
