@@ -25,12 +25,7 @@ class Pairs(NamedTuple):
 
 
 def take_apart(user_grads: Gradients, alignment_grads: Gradients) -> Pairs:
-    """Check that two gradient lists can be combined entry by entry, and take them apart.
-
-    Raises:
-        ValueError: lengths, shapes, dtypes, devices or placements differ, or a dtype has no gradients.
-        NotImplementedError: an entry is a DTensor whose sum over ranks is pending (`Partial`).
-    """
+    """Check that two gradient lists can be combined entry by entry, and take them apart."""
     if len(user_grads) != len(alignment_grads):
         raise ValueError(
             f"{len(user_grads)} user-task gradients != {len(alignment_grads)} alignment gradients. "
