@@ -4,10 +4,7 @@ from torch import Tensor, nn
 
 
 def adapter_parameters(model: nn.Module) -> set[Tensor]:
-    """Return the parameters of all adapters in a model, of whatever kind.
-
-    `adapter_layer_names` of a `BaseTunerLayer` names its attributes that hold them.
-    """
+    """Return the parameters of all adapters: `BaseTunerLayer.adapter_layer_names` names what holds them."""
     found: set[Tensor] = set()
     for module in model.modules():
         for name in getattr(module, "adapter_layer_names", ()):
@@ -20,8 +17,6 @@ def adapter_parameters(model: nn.Module) -> set[Tensor]:
 
 
 def is_merged(module: nn.Module) -> bool:
-    """Return whether a module is a layer whose weights have an adapter added to them.
-
-    Other libraries' modules may have a `merged` too, therefore the first question.
-    """
+    """Return whether a module is a layer whose weights have an adapter added to them."""
+    # Other libraries' modules may have a `merged` too.
     return hasattr(module, "adapter_layer_names") and bool(getattr(module, "merged", False))

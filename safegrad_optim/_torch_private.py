@@ -1,7 +1,4 @@
-"""Names that torch does not document, each behind a function; all seen in torch 2.8 and 2.13.
-
-What is private to FSDP2 is in `parallel/_fsdp.py`.
-"""
+"""Names that torch does not document (FSDP2's: `parallel/_fsdp.py`); all seen in torch 2.8 and 2.13."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

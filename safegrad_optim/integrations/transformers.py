@@ -18,12 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from safegrad_optim.alignment import Alignment, KLAlignment
 from safegrad_optim.batches import SafetyBatches
-from safegrad_optim.integrations._trainer import (
-    add_first,
-    add_to_last_log,
-    bare_optimizer,
-    base_optimizer,
-)
+from safegrad_optim.integrations import _trainer
 from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
 
 __all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
@@ -52,8 +47,7 @@ def safegrad_optimizer(
     Args:
         args: the Trainer's arguments; `optim`, `learning_rate` and the like make the base optimizer.
         safety_batches: as `KLAlignment` takes them.
-        rho: weight of the alignment gradient, >= 0; the paper uses 1.
-        refresh_every: number of steps that one alignment gradient serves.
+        rho, refresh_every: as `SafeGradOptimizer` takes them.
         max_grad_norm: clip the final gradient to this norm; set `args.max_grad_norm=0` with it.
         alignment_options: keyword arguments of `KLAlignment`; `autocast_dtype` follows `args`.
 
@@ -69,11 +63,12 @@ def safegrad_optimizer(
             "to operate on. Use one that steps afterwards, such as optim='adamw_torch'."
         )
     _warn_of_clipping(args)
+    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return SafeGradFactory, {
         "args": args,
         "safety_batches": safety_batches,
         "options": {"rho": rho, "refresh_every": refresh_every, "max_grad_norm": max_grad_norm},
-        "alignment_options": {"autocast_dtype": _autocast_dtype(args)} | alignment_options,
+        "alignment_options": {"autocast_dtype": autocast_dtype} | alignment_options,
     }
 
 
@@ -89,18 +84,17 @@ class SafeGradFactory:
         alignment_options: dict[str, Any],
     ) -> SafeGradOptimizer:
         alignment = KLAlignment(model, safety_batches, **alignment_options)
-        return SafeGradOptimizer(base_optimizer(model, args), alignment, **options)
+        return SafeGradOptimizer(_trainer.base_optimizer(model, args), alignment, **options)
 
 
 class SafeGradCallback(TrainerCallback, ExportableState):
     """Refuse to train unprotected, and add `safegrad/*` metrics to the Trainer's training logs.
 
-    Since the last log: the means over protected steps of cosine, user_norm, alignment_norm and
-    final_norm, see `SurgeryStats`; conflict_rate, the share of them that conflicted; and alignment_kl,
-    the mean over the safety batches drawn (left out where `refresh_every` drew none).
-    Over the whole run: the numbers of unprotected_steps and of skipped_steps (by the fp16 loss scaler).
-    It waits for the device at logs and checkpoints only. A resumed run logs what the uninterrupted
-    one would have, also where the checkpoint lies between two logs.
+    Since the last log: the means over protected steps of cosine, user_norm, alignment_norm and final_norm
+    of `SurgeryStats`; conflict_rate, the share of them that conflicted; and alignment_kl, the mean over the
+    safety batches drawn (left out where `refresh_every` drew none). Over the whole run: the numbers of
+    unprotected_steps and of skipped_steps (by the fp16 loss scaler). It waits for the device at logs and
+    checkpoints only. A resumed run logs what the uninterrupted one would have, also between two logs.
 
     Raises:
         UnprotectedStepError: when training starts, the Trainer's optimizer is no `SafeGradOptimizer`.
@@ -114,23 +108,22 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         self._clear()
 
     def add_to(self, trainer: Trainer) -> None:
-        """Add the callback to a Trainer, before its reporters.
+        """Add the callback to a Trainer, before its reporters, which miss its metrics otherwise.
 
-        Through `Trainer(callbacks=[...])` it comes after them: its metrics are printed and kept in
-        `state.log_history`, but do not reach TensorBoard or Weights & Biases.
-        `restore_callback_states_from_checkpoint=True` is not needed to resume, and moves it there too.
+        `Trainer(callbacks=[...])` puts it behind them, and so does
+        `restore_callback_states_from_checkpoint=True`, which is not needed to resume.
         """
-        add_first(trainer, self)
+        _trainer.add_first(trainer, self)
         self._before_reporters = True
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         _refuse_deepspeed(args)
-        optimizer = bare_optimizer(kwargs["optimizer"])
+        optimizer = _trainer.bare_optimizer(kwargs["optimizer"])
         if not isinstance(optimizer, SafeGradOptimizer):
             raise UnprotectedStepError(
-                f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer: "
-                "every step would go unprotected. Pass optimizers=(SafeGradOptimizer(...), None) or "
-                "optimizer_cls_and_kwargs=safegrad_optimizer(args, safety_batches) to the Trainer."
+                f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer. "
+                "Pass optimizers=(SafeGradOptimizer(...), None), or what safegrad_optimizer() returns as "
+                "optimizer_cls_and_kwargs."
             )
         _warn_of_clipping(args)
         if args.report_to and not self._before_reporters:
@@ -156,13 +149,10 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         stats, loss = self._optimizer.stats, _last_loss(self._optimizer)
         if stats is None or stats is self._last_stats:
             return
-        values = [getattr(stats, field) for field in _FIELDS]
-        if loss is None or loss is self._last_loss:
-            values.append(torch.zeros_like(stats.cosine))
-        else:
-            values.append(loss)
-            self._draws += 1
+        drawn = [] if loss is None or loss is self._last_loss else [loss]
+        values = [getattr(stats, field) for field in _FIELDS] + (drawn or [torch.zeros_like(stats.cosine)])
         new = torch.stack([value.to(stats.cosine) for value in values])
+        self._draws += len(drawn)
         self._sums = self._sums.to(new) + new
         self._steps += 1
         self._last_stats, self._last_loss = stats, loss
@@ -184,7 +174,7 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         metrics["skipped_steps"] = self._skipped
         metrics = {f"safegrad/{name}": value for name, value in metrics.items()}
         logs.update(metrics)
-        add_to_last_log(state, metrics)
+        _trainer.add_to_last_log(state, metrics)
         self._clear()
 
     def state(self) -> dict[str, Any]:
@@ -194,14 +184,7 @@ class SafeGradCallback(TrainerCallback, ExportableState):
 
     def _clear(self) -> None:
         self._sums = torch.zeros(len(_FIELDS) + 1, dtype=torch.float64)
-        self._steps = 0
-        self._draws = 0
-
-
-def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else None
+        self._steps = self._draws = 0
 
 
 def _last_loss(optimizer: SafeGradOptimizer) -> Tensor | None:

@@ -9,8 +9,7 @@ from safegrad_optim.surgery import Gradients, take_apart
 
 _REFUSED_OPTIONS = {
     "differentiable": "but surgery is not recorded by autograd. Build it with differentiable=False.",
-    "maximize": "which would maximize the alignment loss as well. Build it with maximize=False and negate "
-    "the loss.",
+    "maximize": "which would maximize the alignment loss too. Set maximize=False and negate the loss.",
 }
 
 
@@ -20,30 +19,29 @@ class UnprotectedStepError(RuntimeError):
 
 def check_base(base: Optimizer) -> None:
     """Check that an optimizer can be wrapped; see `SafeGradOptimizer` for what is raised."""
+    name = type(base).__name__
     if hasattr(base, "set_alignment_grad"):
         raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
     if not isinstance(base, Optimizer):
-        raise TypeError(
-            f"base_optimizer is a {type(base).__name__}, expected a torch.optim.Optimizer instance."
-        )
+        raise TypeError(f"base_optimizer is a {name}, expected a torch.optim.Optimizer instance.")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
-            f"{type(base).__name__} evaluates its closure several times inside one step, past the "
-            "surgery. Use an optimizer whose step() takes no closure, such as AdamW."
+            f"{name} evaluates its closure several times inside one step, past the surgery. "
+            "Use an optimizer whose step() takes no closure, such as AdamW."
         )
     check_groups(base)
 
 
 def check_groups(base: Optimizer) -> None:
     """Check that no option of an optimizer or of its groups undoes the surgery."""
+    name = type(base).__name__
+    groups = {f"Group {index} of {name}": group for index, group in enumerate(base.param_groups)}
     # Optimizers of pytorch_optimizer keep maximize on themselves.
-    holders = [{"maximize": getattr(base, "maximize", False)}, *base.param_groups]
-    for position, options in enumerate(holders):
+    itself = {name: {"maximize": getattr(base, "maximize", False)}}
+    for place, options in (itself | groups).items():
         for option, reason in _REFUSED_OPTIONS.items():
             if options.get(option):
-                name = type(base).__name__
-                place = f"Group {position - 1} of {name}" if position else name
                 raise ValueError(f"{place} has {option}=True, {reason}")
 
 
@@ -52,7 +50,27 @@ def check_alignment(parameters: list[Tensor], grads: Gradients) -> None:
     take_apart(parameters, grads)
     if all(grad is None for grad in grads):
         raise ValueError(
-            f"All {len(grads)} alignment gradients are None: the alignment loss does not depend on any "
-            "parameter of this optimizer. Compute it with the model whose parameters are optimized; if "
-            "DeepSpeed ZeRO has put others in their place, use FSDP2 instead."
+            f"All {len(grads)} alignment gradients are None: their loss has no parameter of this optimizer. "
+            "Compute it with the model that is optimized; if DeepSpeed ZeRO put others in place, use FSDP2."
         )
+
+
+def check_callable(alignment: object) -> None:
+    """Check what gives the alignment gradient."""
+    if alignment is not None and not callable(alignment):
+        raise TypeError(
+            f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment. "
+            "Give gradients to set_alignment_grad() instead."
+        )
+
+
+def check_max_grad_norm(norm: float | None) -> None:
+    """Check what the final gradient is clipped to."""
+    if norm is not None and not norm > 0.0:
+        raise ValueError(f"max_grad_norm is {norm}, expected a number > 0 or None.")
+
+
+def check_refresh_every(steps: int) -> None:
+    """Check how many steps an alignment gradient serves."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"refresh_every is {steps}, expected a whole number >= 1.")

@@ -8,15 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safegrad_optim._torch_private import hooks_of, make_hook_registries
-from safegrad_optim.optimizer._checks import UnprotectedStepError, check_base, check_groups
-from safegrad_optim.optimizer._gradients import AlignmentCallable
-from safegrad_optim.optimizer._option import (
-    Option,
-    check_alignment_option,
-    check_max_grad_norm,
-    check_refresh_every,
-)
-from safegrad_optim.optimizer._state import OWN_STATE, OwnState, StepCounts, as_numbers, without_numbers
+from safegrad_optim.optimizer import _checks
+from safegrad_optim.optimizer._state import AlignmentCallable, Kept, OwnState, StepCounts, merged, split
 from safegrad_optim.optimizer._step import is_state_probe, operate_, trainable_parameters
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
 from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats
@@ -28,9 +21,9 @@ class SafeGradOptimizer(Optimizer):
     g = g_user + c g_align,  c = rho + max(0, -<g_user, g_align>) / ||g_align||^2
 
     Surgery happens once per `step()`, on the `.grad` that the base optimizer is about to use, so it
-    sees the accumulated and unscaled gradient. The alignment gradient is either pulled from
-    `alignment` or pushed with `set_alignment_grad`; a pushed one goes first and serves one step.
-    Everything else (`param_groups`, `state`, `state_dict`, schedulers, hooks) behaves as the base does.
+    sees the accumulated and unscaled gradient. The alignment gradient is pulled from `alignment`, or
+    pushed with `set_alignment_grad`; a pushed one goes first and serves one step. Everything else
+    (`param_groups`, `state`, `state_dict`, schedulers, hooks) behaves as the base does.
 
     Args:
         base_optimizer: the optimizer that takes the step; it may have state already.
@@ -49,10 +42,15 @@ class SafeGradOptimizer(Optimizer):
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
     """
 
-    alignment = Option[AlignmentCallable | None](check_alignment_option)
-    max_grad_norm = Option[float | None](check_max_grad_norm)
-    refresh_every = Option[int](check_refresh_every)
-    allow_unprotected = Option[bool](lambda value: None)
+    alignment = Kept[AlignmentCallable | None]("_own", _checks.check_callable)
+    max_grad_norm = Kept[float | None]("_own", _checks.check_max_grad_norm)
+    refresh_every = Kept[int]("_own", _checks.check_refresh_every)
+    allow_unprotected = Kept[bool]("_own")
+    # What the base owns is read from it at each use: load_state_dict replaces the objects, and FSDP2
+    # swaps the parameters inside param_groups.
+    param_groups = Kept[list[dict[str, Any]]]("base_optimizer")
+    state = Kept[Any]("base_optimizer")
+    defaults = Kept[dict[str, Any]]("base_optimizer")
 
     def __init__(
         self,
@@ -64,7 +62,7 @@ class SafeGradOptimizer(Optimizer):
         refresh_every: int = 1,
         allow_unprotected: bool = False,
     ) -> None:
-        check_base(base_optimizer)
+        _checks.check_base(base_optimizer)
         self.base_optimizer = base_optimizer
         self._own = OwnState(ConstantRho(rho))
         self.alignment = alignment
@@ -73,33 +71,6 @@ class SafeGradOptimizer(Optimizer):
         self.allow_unprotected = allow_unprotected
         # Makes the hook registries; Optimizer.__init__ would replace the base's groups and state.
         make_hook_registries(self)
-
-    # What the base owns is read from it at each use: load_state_dict replaces the objects, and FSDP2
-    # swaps the parameters inside param_groups.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
 
     @property
     def rho(self) -> float:
@@ -125,28 +96,24 @@ class SafeGradOptimizer(Optimizer):
 
         Args:
             grads: one tensor or `None` for each trainable parameter, as a sequence in `param_groups` order
-                or as a mapping by parameter. Copied, so that they may be overwritten afterwards.
+                or as a mapping by parameter; copied.
 
         Raises:
             ValueError: an entry is missing, unknown, or has another shape, dtype or device than its
-                parameter; or all entries are `None`. The gradient set before, if any, stays.
+                parameter; or all are `None`. The gradient set before, if any, stays.
         """
-        self._own.gradients.push(trainable_parameters(self.base_optimizer), grads)
+        self._own.push(trainable_parameters(self.base_optimizer), grads)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Project, combine, clip, and take the base optimizer's step.
 
         Args:
-            closure: reevaluates the model with gradients enabled and returns the loss.
-
-        Returns:
-            What `closure` returned, or `None`.
+            closure: reevaluates the model with gradients enabled and returns the loss, which is returned.
 
         Raises:
             UnprotectedStepError: there is no alignment gradient, computing it changed a `.grad`, or either
-                gradient is not finite. Parameters and state are as they were before the step, and training
-                can go on.
+                gradient is not finite. Nothing has changed then, and training can go on.
             ValueError: the alignment gradients do not fit the parameters; or, at the first step, ranks
                 have different options or gradients. Likewise nothing changed.
         """
@@ -155,7 +122,7 @@ class SafeGradOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Here as well as at construction: groups may be added, or replaced by load_state_dict.
-        check_groups(self.base_optimizer)
+        _checks.check_groups(self.base_optimizer)
         parameters = trainable_parameters(self.base_optimizer)
         for parameter in filter(is_distributed_tensor, parameters):
             parameter.grad = placed_as(parameter.grad, parameter)
@@ -164,16 +131,16 @@ class SafeGradOptimizer(Optimizer):
             self.base_optimizer.step()
             return loss
         own = self._own
-        alignment_grads = own.gradients.take(parameters, own.alignment, own.refresh_every)
+        alignment_grads = own.take(parameters)
         if alignment_grads is not None:
             operate_(own, parameters, user_grads, alignment_grads)
         elif own.allow_unprotected:
             own.unprotected += 1
         else:
-            raise UnprotectedStepError(
+            raise _checks.UnprotectedStepError(
                 f"No alignment gradient for step {own.steps + 1}: one given to set_alignment_grad() serves "
-                "exactly one step. Call it before each step, or construct SafeGradOptimizer with "
-                "alignment=KLAlignment(...). Pass allow_unprotected=True to take such steps unprotected."
+                "exactly one step. Call it before each step, give SafeGradOptimizer an alignment such as "
+                "KLAlignment(...), or allow_unprotected=True to take such steps unprotected."
             )
         own.steps += 1
         self.base_optimizer.step()
@@ -186,21 +153,18 @@ class SafeGradOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer; the next step pulls a new alignment gradient."""
         self.base_optimizer.add_param_group(param_group)
-        self._own.gradients.drop()
+        self._own.pulled = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state and, under "safegrad", what a resumed run needs besides.
 
-        The bare optimizer loads it as well and leaves "safegrad" out: the counts, rho, the alignment gradient
-        that still serves steps of `refresh_every`, and the `state_dict` of `alignment`. All but the
-        gradient is in the first parameter group too, where torch.distributed.checkpoint keeps it.
+        That is the counts, rho, the alignment gradient that still serves steps, and the `state_dict` of
+        `alignment`. The bare optimizer loads it too and leaves it out. All but the gradient is in the first
+        parameter group as well, where torch.distributed.checkpoint keeps it.
         """
         for pre_hook in hooks_of(self, "state_dict_pre"):
             pre_hook(self)
-        own = self._own.state_dict()
-        state_dict = {**self.base_optimizer.state_dict(), OWN_STATE: own}
-        first, *others = state_dict["param_groups"]
-        state_dict["param_groups"] = [{**first, **as_numbers(own)}, *others]
+        state_dict = merged(self.base_optimizer.state_dict(), self._own.state_dict())
         for post_hook in hooks_of(self, "state_dict_post"):
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -210,16 +174,14 @@ class SafeGradOptimizer(Optimizer):
         """Load the state of this or the bare optimizer; after the latter, a new gradient is pulled.
 
         Raises:
-            ValueError: the state is of a run with another reference or other safety batches. Nothing
-                has changed then.
+            ValueError: it is of a run with another reference or safety batches; nothing has changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in hooks_of(self, "load_state_dict_pre"):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        state_dict["param_groups"], numbers = without_numbers(state_dict["param_groups"])
-        own = state_dict.pop(OWN_STATE, numbers)
-        self._own.gradients.drop()
+        state_dict, own = split(state_dict)
+        self._own.pulled = None
         if own is not None:
             self._own.load_state_dict(own, trainable_parameters(self.base_optimizer))
         self.base_optimizer.load_state_dict(state_dict)
@@ -228,13 +190,11 @@ class SafeGradOptimizer(Optimizer):
 
     def train(self) -> None:
         """Switch a schedule-free base optimizer to training weights; nothing for other bases."""
-        if hasattr(self.base_optimizer, "train"):
-            self.base_optimizer.train()
+        getattr(self.base_optimizer, "train", lambda: None)()
 
     def eval(self) -> None:
         """Switch a schedule-free base optimizer to evaluation weights; nothing for other bases."""
-        if hasattr(self.base_optimizer, "eval"):
-            self.base_optimizer.eval()
+        getattr(self.base_optimizer, "eval", lambda: None)()
 
     def __getstate__(self) -> dict[str, Any]:
         # As Optimizer does: no hooks, and not the `step` that an LR scheduler put on the instance.

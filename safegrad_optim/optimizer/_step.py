@@ -9,24 +9,11 @@ from torch.optim import Optimizer
 from safegrad_optim.optimizer._checks import UnprotectedStepError
 from safegrad_optim.optimizer._state import OwnState
 from safegrad_optim.parallel import is_distributed_tensor, local, on_any_rank, require_same
-from safegrad_optim.surgery import (
-    GradientProducts,
-    Gradients,
-    Pairs,
-    decide,
-    sums_of,
-    surgery_stats,
-    take_apart,
-    update_,
-)
+from safegrad_optim.surgery import GradientProducts, Gradients, Pairs, combine_pairs_, sums_of, take_apart
 
 
 def trainable_parameters(base: Optimizer) -> list[Tensor]:
-    """Return the parameters that a step moves, in the order of groups.
-
-    Raises:
-        UnprotectedStepError: a frozen parameter has a gradient.
-    """
+    """Return the parameters that a step moves, in the order of groups; frozen ones must have no gradient."""
     parameters = []
     for index, group in enumerate(base.param_groups):
         for parameter in group["params"]:
@@ -53,17 +40,10 @@ def is_state_probe(base: Optimizer, user_grads: Gradients) -> bool:
 def operate_(
     own: OwnState, parameters: list[Tensor], user_grads: Gradients, alignment_grads: Gradients
 ) -> None:
-    """Make the `.grad` of the parameters the final gradient, and count the step by its kind.
-
-    Raises:
-        UnprotectedStepError: a gradient is not finite.
-        ValueError: the gradients do not fit, or ranks are about to take different steps.
-    """
+    """Make the `.grad` of the parameters the final gradient, and count the step by its kind."""
     gradients = take_apart(user_grads, alignment_grads)
-    products = _checked_sums(own, gradients)
-    decision = decide(products, own.rho(products))
-    stats = surgery_stats(products, decision)
-    for parameter, grad in zip(parameters, update_(gradients, decision), strict=True):
+    final, stats = combine_pairs_(gradients, _checked_sums(own, gradients), own.rho)
+    for parameter, grad in zip(parameters, final, strict=True):
         parameter.grad = grad
     if own.max_grad_norm is not None:
         _clip_(parameters, own.max_grad_norm, stats.final_norm.to(torch.float32))
@@ -78,12 +58,24 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
     read = torch.stack([*products[:3], products.negligible.to(products.inner_product)]).tolist()
     inner, user_sq, alignment_sq, negligible = read
     if not own.ranks_agree:
-        _require_agreement(own, user_sq, alignment_sq)
+        # Replicas that take different steps would drift apart.
+        given = {
+            "rho": own.rho.rho,
+            "refresh_every": own.refresh_every,
+            "max_grad_norm": own.max_grad_norm,
+            "user gradients (by ||g||^2)": user_sq,
+            "alignment gradients (by ||g||^2)": alignment_sq,
+        }
+        require_same(
+            given,
+            "Give all ranks the same options, and gradients averaged over them: DistributedDataParallel "
+            "and KLAlignment average, what you compute yourself has to be all-reduced.",
+        )
         # A gradient that is zero on all ranks does not tell whether it is averaged over them.
         own.ranks_agree = not negligible
     if negligible or not all(map(math.isfinite, read)):
         # Zero at the reference, where training starts: it must not serve further steps.
-        own.gradients.drop()
+        own.pulled = None
     for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
         if not math.isfinite(sq_norm):
             raise UnprotectedStepError(
@@ -95,25 +87,8 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
     return products
 
 
-def _require_agreement(own: OwnState, user_sq: float, alignment_sq: float) -> None:
-    """Check that all ranks are about to take the same step; replicas would drift apart otherwise."""
-    require_same(
-        {
-            "rho": own.rho.rho,
-            "refresh_every": own.refresh_every,
-            "max_grad_norm": own.max_grad_norm,
-            "user gradients (by ||g||^2)": user_sq,
-            "alignment gradients (by ||g||^2)": alignment_sq,
-        },
-        "Give all ranks the same options, and gradients averaged over them: DistributedDataParallel "
-        "and KLAlignment average, what you compute yourself has to be all-reduced.",
-    )
-
-
 def _clip_(parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
     # As torch.nn.utils.clip_grads_with_norm_, which cannot take sharded and plain gradients together.
     factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            grad = local(parameter.grad)
-            grad.mul_(factor.to(grad.device))
+    for grad in [local(parameter.grad) for parameter in parameters if parameter.grad is not None]:
+        grad.mul_(factor.to(grad.device))

@@ -12,8 +12,8 @@ and means over ranks, and this rank's share of a safety batch. In one process al
 True
 """
 
-from safegrad_optim.parallel._ddp import inner_module, own_leaves
 from safegrad_optim.parallel._fsdp import synchronized
+from safegrad_optim.parallel._models import Share, inner_module, own_leaves, share_of
 from safegrad_optim.parallel._ranks import (
     mean_over_ranks,
     on_any_rank,
@@ -21,7 +21,6 @@ from safegrad_optim.parallel._ranks import (
     sum_of_shards,
     sum_over_ranks,
 )
-from safegrad_optim.parallel._share import Share, share_of
 from safegrad_optim.parallel._tensors import (
     Held,
     device_type,
@@ -33,23 +32,7 @@ from safegrad_optim.parallel._tensors import (
     world_size,
 )
 
-__all__ = [
-    "Held",
-    "Share",
-    "device_type",
-    "held",
-    "inner_module",
-    "is_distributed_tensor",
-    "local",
-    "mean_over_ranks",
-    "on_any_rank",
-    "own_leaves",
-    "placed_as",
-    "require_same",
-    "share_of",
-    "sum_of_shards",
-    "sum_over_ranks",
-    "synchronized",
-    "whole",
-    "world_size",
-]
+# Of a tensor, of all ranks, of a model.
+__all__ = ["Held", "device_type", "held", "is_distributed_tensor", "local", "placed_as", "whole"]
+__all__ += ["mean_over_ranks", "on_any_rank", "require_same", "sum_of_shards", "sum_over_ranks", "world_size"]
+__all__ += ["Share", "inner_module", "own_leaves", "share_of", "synchronized"]

@@ -1,8 +1,7 @@
-"""FSDP2: its private state, read and restored around an alignment pass.
+"""FSDP2: its private state, read and restored around an alignment pass, because its setters have no getters.
 
-FSDP2 has setters for what is read and restored here, but no getters: what begins with an underscore is
-private to torch, and `tests/parallel/test_distributed.py` goes through all of it; so is `mesh_info`. Seen in
-torch 2.8, the first with `gradient_divide_factor`, and 2.13.
+What begins with an underscore is private to torch, and so is `mesh_info`. Seen in torch 2.8, the first with
+`gradient_divide_factor`, and 2.13; `tests/parallel/test_distributed.py` goes through all of it.
 """
 
 import sys
@@ -28,23 +27,17 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
 
 
 def data_parallel_places(model: nn.Module) -> set[tuple[int, int]]:
-    """Return place and number of data-parallel ranks, one pair for each way in which the model is sharded.
-
-    Raises:
-        NotImplementedError: the model is replicated by composable `replicate`.
-    """
-    return {_place(group.mesh_info) for group in _fsdp_groups(model)}
-
-
-def _place(mesh_info: Any) -> tuple[int, int]:
-    if not hasattr(mesh_info, "shard_mesh_size"):
-        raise NotImplementedError(
-            "The model is replicated by torch's composable replicate(). Use DistributedDataParallel."
-        )
-    replicas = getattr(mesh_info, "replicate_mesh_size", 1)
-    replica = getattr(mesh_info, "replicate_mesh_rank", 0)
-    size = mesh_info.shard_mesh_size
-    return replica * size + mesh_info.shard_mesh_rank, replicas * size
+    """Return place and number of data-parallel ranks, one pair for each way in which the model is sharded."""
+    places = set()
+    for mesh in (group.mesh_info for group in _fsdp_groups(model)):
+        if not hasattr(mesh, "shard_mesh_size"):
+            raise NotImplementedError(
+                "The model is replicated by torch's composable replicate(). Use DistributedDataParallel."
+            )
+        replica, replicas = getattr(mesh, "replicate_mesh_rank", 0), getattr(mesh, "replicate_mesh_size", 1)
+        size = mesh.shard_mesh_size
+        places.add((replica * size + mesh.shard_mesh_rank, replicas * size))
+    return places
 
 
 def reshard(model: nn.Module) -> None:
@@ -55,39 +48,29 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def synchronized(model: nn.Module) -> Iterator[None]:
-    """Have FSDP2 average the gradients of each backward pass, whatever it is set to, and reshard at the end.
-
-    Raises:
-        RuntimeError: a gradient of the user is accumulated but not reduced yet; it would be mixed in.
-    """
-    settings: dict[str, Any] = {
-        "reduce_grads": True,
-        "all_reduce_grads": True,
-        "gradient_divide_factor": None,
-    }
+    """Have FSDP2 average the gradients of each backward pass, however it is set, and reshard at the end."""
+    settings = {"reduce_grads": True, "all_reduce_grads": True, "gradient_divide_factor": None}
     groups = _fsdp_groups(model)
     for group in groups:
+        # Else that gradient would be mixed into those of the pass.
         if group._partial_reduce_output is not None or any(map(_is_pending, group.fsdp_params)):
             raise RuntimeError(
                 "FSDP2 holds a user gradient that is not reduced yet. Call "
                 "set_requires_gradient_sync(True) before the last backward() of a step."
             )
+    # But in the last backward, the reduction may still be under way when the gradients are read.
     contexts = [module._get_fsdp_state()._state_ctx for module in _fsdp_modules(model)]
-    saved = [(group, {name: getattr(group, name) for name in settings}) for group in groups]
-    last = [(context, context.is_last_backward) for context in contexts]
+    changed = [(group, settings) for group in groups]
+    changed += [(context, {"is_last_backward": True}) for context in contexts]
+    saved = [(holder, {name: getattr(holder, name) for name in values}) for holder, values in changed]
     try:
-        for group in groups:
-            vars(group).update(settings)
-        for context in contexts:
-            # Else the reduction may still be under way when the gradients are read.
-            context.is_last_backward = True
+        for holder, values in changed:
+            vars(holder).update(values)
         yield
     finally:
         reshard(model)
-        for group, values in saved:
-            vars(group).update(values)
-        for context, flag in last:
-            context.is_last_backward = flag
+        for holder, values in saved:
+            vars(holder).update(values)
 
 
 def _is_pending(sharded: Any) -> bool:

@@ -1,7 +1,4 @@
-"""How ranks come to agree: sums, means and comparisons over the process group.
-
-Ranks exchange a few scalars a step, and, where gradients are plain tensors, the alignment gradient itself.
-"""
+"""How ranks come to agree: sums, means and comparisons over the process group."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,32 +28,24 @@ def on_any_rank(flag: bool | Tensor) -> bool:
 
 
 def sum_of_shards(parameters: Sequence[Tensor], sums: Sequence[int]) -> list[int]:
-    """Add up what each rank found in its part of parameters, modulo 2^64, each element once.
-
-    Args:
-        parameters: parameters, of which any may be sharded.
-        sums: the integer that this rank found for its part of each.
-    """
-    if not any(map(is_distributed_tensor, parameters)):
+    """Add up, modulo 2^64, the integers that each rank found in its parts of parameters, each part once."""
+    sharded = [parameter for parameter in parameters if is_distributed_tensor(parameter)]
+    if not sharded:
         return list(sums)
     own = [value if _is_first_copy(tensor) else 0 for tensor, value in zip(parameters, sums, strict=True)]
-    device = local(next(tensor for tensor in parameters if is_distributed_tensor(tensor))).device
-    return [int(value) for value in sum_over_ranks(torch.tensor(own, device=device)).tolist()]
+    total: list[int] = sum_over_ranks(torch.tensor(own, device=local(sharded[0]).device)).tolist()
+    return total
 
 
 def _is_first_copy(tensor: Tensor) -> bool:
     if not is_distributed_tensor(tensor):
         return dist.get_rank() == 0
-    distributed: Any = tensor
-    mesh = distributed.device_mesh
+    mesh = tensor.device_mesh
     # A mesh of a part of the ranks has a twin for each of the others.
     if not bool((mesh.mesh == 0).any()):
         return False
-    coordinate = mesh.get_coordinate()
-    return not any(
-        index > 0 and placed.is_replicate()
-        for index, placed in zip(coordinate, distributed.placements, strict=True)
-    )
+    places = zip(mesh.get_coordinate() or (), tensor.placements, strict=True)
+    return not any(index > 0 and placed.is_replicate() for index, placed in places)
 
 
 @torch.no_grad()
@@ -65,13 +54,7 @@ def mean_over_ranks(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Average a loss over all ranks, and with it the gradients of plain parameters, in fp32 or better.
 
-    Args:
-        loss: this rank's loss, a 0-dim tensor.
-        parameters: the parameters; FSDP2 has averaged the gradients of sharded ones already.
-        grads: their gradients, `None` where this rank has none.
-
-    Returns:
-        The mean loss, and the gradients: `None` where no rank has one.
+    FSDP2 has averaged those of sharded ones already. A gradient is `None` where no rank has one.
     """
     plain = [index for index, parameter in enumerate(parameters) if not is_distributed_tensor(parameter)]
     # Whether a rank has a gradient may depend on its rows, as for the experts of a mixture.
@@ -80,20 +63,15 @@ def mean_over_ranks(
     averaged = list(grads)
     somewhere = [index for index, share in zip(plain, mean[1:].tolist(), strict=True) if share > 0]
     for bucket in _buckets(somewhere, parameters):
-        own = [_or_zeros(grads[index], parameters[index]) for index in bucket]
-        flat = torch.cat([_flat(grad) for grad in own])
+        found = [(grads[index], parameters[index]) for index in bucket]
+        own = [torch.zeros_like(parameter) if grad is None else grad for grad, parameter in found]
+        flat = torch.cat(
+            [grad.reshape(-1).to(torch.promote_types(grad.dtype, torch.float32)) for grad in own]
+        )
         parts = (sum_over_ranks(flat) / world_size()).split([grad.numel() for grad in own])
         for index, part, grad in zip(bucket, parts, own, strict=True):
             averaged[index] = part.view(grad.shape).to(grad)
     return mean[0], averaged
-
-
-def _or_zeros(grad: Tensor | None, parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if grad is None else grad
-
-
-def _flat(grad: Tensor) -> Tensor:
-    return grad.reshape(-1).to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def _buckets(indices: list[int], parameters: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -112,15 +90,7 @@ def _buckets(indices: list[int], parameters: Sequence[Tensor]) -> Iterator[list[
 
 
 def require_same(values: Mapping[str, Any], advice: str) -> None:
-    """Check that all ranks were given the same.
-
-    Args:
-        values: what has to be the same, by name; each small, and with a repr that tells it.
-        advice: what to do if it is not.
-
-    Raises:
-        ValueError: on all ranks, naming what differs and the ranks.
-    """
+    """Check that all ranks were given the same: small values with a repr that tells them, by name."""
     if world_size() == 1:
         return
     own = {name: repr(value) for name, value in values.items()}

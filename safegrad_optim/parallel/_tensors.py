@@ -1,15 +1,15 @@
-"""What a tensor is to a rank: the part that it holds, and how the tensor is placed.
-
-Nothing here gathers a parameter or a gradient.
-"""
+"""What a tensor is to a rank: the part that it holds, and how the tensor is placed; nothing is gathered."""
 
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -17,7 +17,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_distributed_tensor(tensor: Tensor) -> bool:
+def is_distributed_tensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Return whether `tensor` is a DTensor, without importing torch.distributed.tensor."""
     dtensor = sys.modules.get("torch.distributed.tensor")
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
@@ -28,68 +28,48 @@ def local(tensor: Tensor) -> Tensor:
     if not is_distributed_tensor(tensor):
         return tensor
     with torch.no_grad():
-        shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return shard
+        return tensor.to_local()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor gathered from the ranks that hold its parts, with its graph."""
-    if not is_distributed_tensor(tensor):
-        return tensor
-    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return full
-
-
-def placement(tensor: Tensor) -> str:
-    """Say how a tensor lies on the ranks, for comparison and for errors."""
-    if not is_distributed_tensor(tensor):
-        return "unsharded"
-    distributed: Any = tensor
-    return f"{distributed.placements} on {tuple(distributed.device_mesh.shape)} ranks"
+    return tensor.full_tensor() if is_distributed_tensor(tensor) else tensor
 
 
 def placed_as(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
     """Return a gradient placed as its parameter: sums that tensor parallelism left pending are made."""
-    if grad is None or not is_distributed_tensor(grad) or placement(grad) == placement(parameter):
+    if grad is None or not is_distributed_tensor(grad) or not is_distributed_tensor(parameter):
         return grad
-    target: Any = parameter
-    placed: Tensor = grad.redistribute(target.device_mesh, target.placements)  # type: ignore[attr-defined]
-    return placed
+    if _placement(grad) == _placement(parameter):
+        return grad
+    return grad.redistribute(parameter.device_mesh, parameter.placements)
 
 
 def device_type(tensor: Tensor) -> str:
     """Return the type of the device a tensor is computed with, which CPU offload keeps it away from."""
-    if not is_distributed_tensor(tensor):
-        return tensor.device.type
-    distributed: Any = tensor
-    return str(distributed.device_mesh.device_type)
+    return tensor.device_mesh.device_type if is_distributed_tensor(tensor) else tensor.device.type
 
 
 class Held(NamedTuple):
     """What a rank holds of a tensor."""
 
-    local: Tensor
-    """Its part, in the same memory."""
-    placement: str
-    """How the tensor lies on the ranks, for comparison and for errors."""
-    copies: int
-    """How many ranks hold the same elements."""
+    local: Tensor  # its part, in the same memory
+    placement: str  # how the tensor lies on the ranks, for comparison and for errors
+    copies: int  # how many ranks hold the same elements
     is_sharded: bool
-    is_pending: bool
-    """Whether the sum over ranks that makes the tensor has not been made yet."""
+    is_pending: bool  # whether the sum over ranks that makes the tensor has not been made yet
 
 
 def held(tensor: Tensor) -> Held:
     """Return what this rank holds of a tensor, and how the tensor is placed."""
     if not is_distributed_tensor(tensor):
-        return Held(tensor, placement(tensor), world_size(), is_sharded=False, is_pending=False)
-    distributed: Any = tensor
-    mesh = distributed.device_mesh
-    replicated = (mesh.size(dim) for dim, p in enumerate(distributed.placements) if p.is_replicate())
-    return Held(
-        local(tensor),
-        placement(tensor),
-        int(math.prod(replicated)) * world_size() // int(mesh.size()),
-        is_sharded=True,
-        is_pending=any(placed.is_partial() for placed in distributed.placements),
-    )
+        return Held(tensor, "unsharded", world_size(), is_sharded=False, is_pending=False)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    replicas = math.prod(mesh.size(dim) for dim, placed in enumerate(placements) if placed.is_replicate())
+    copies = replicas * world_size() // mesh.size()
+    is_pending = any(placed.is_partial() for placed in placements)
+    return Held(local(tensor), _placement(tensor), copies, is_sharded=True, is_pending=is_pending)
+
+
+def _placement(tensor: "DTensor") -> str:
+    return f"{tensor.placements} on {tuple(tensor.device_mesh.shape)} ranks"

@@ -8,14 +8,7 @@ from typing import Any
 
 
 def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a JSONL file, each behind its place, "<path>:<line number>".
-
-    Blank lines are skipped, and counted.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not JSON.
-    """
+    """Yield the rows of a JSONL file, each behind its place, "<path>:<line number>"; blank lines count."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. Give the path of a JSONL file.")
@@ -26,7 +19,5 @@ def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number} is not JSON ({error}). A line has to be one row."
-                ) from None
+                raise ValueError(f"{path}:{number} is not JSON ({error}). Give one row a line.") from None
             yield f"{path}:{number}", row

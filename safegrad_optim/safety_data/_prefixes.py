@@ -15,12 +15,9 @@ def with_prompt_prefixes(requests: Sequence[str], prompts: Sequence[str], *, see
     that without knowing the form some requests stand where it has its instruction.
 
     Args:
-        requests: unsafe requests.
+        requests: unsafe requests; each gives one text: prefix, a space, request.
         prompts: prompts of the training data; each is used as often as any other, to within one.
         seed: of the draws.
-
-    Returns:
-        One text for each request: prefix, a space, request.
 
     Raises:
         ValueError: there are no prompts, or one has no words.
@@ -31,9 +28,8 @@ def with_prompt_prefixes(requests: Sequence[str], prompts: Sequence[str], *, see
         raise ValueError(f"{found}. Give the prompts that the model is going to be fine-tuned on.")
     shuffle = random.Random(seed)
     drawn = (prompt for _ in count() for prompt in shuffle.sample(prompts, len(prompts)))
-    return [f"{_cut(prompt, shuffle)} {request}" for request, prompt in zip(requests, drawn, strict=False)]
-
-
-def _cut(prompt: str, shuffle: random.Random) -> str:
-    """The prompt through one of its words."""
-    return prompt[: shuffle.choice([word.end() for word in re.finditer(r"\S+", prompt)])]
+    prefixed = []
+    for request, prompt in zip(requests, drawn, strict=False):
+        ends = [word.end() for word in re.finditer(r"\S+", prompt)]
+        prefixed.append(f"{prompt[: shuffle.choice(ends)]} {request}")
+    return prefixed

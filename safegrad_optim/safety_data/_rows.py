@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
 from safegrad_optim.batches import IGNORE_INDEX
+from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data._jsonl import read_jsonl
-from safegrad_optim.safety_data._replies import greedy_replies, is_refusal
+from safegrad_optim.safety_data._replies import greedy_tokens, is_refusal
 
 SafetyData = Iterable[Mapping[str, Any] | str] | str | PathLike[str]
 Message = Mapping[str, Any]
@@ -42,8 +43,7 @@ def safety_rows(
         max_length: tokens a row; longer replies are cut at the right.
         max_new_tokens: tokens of a reply that the model writes.
         batch_size: requests that the model replies to at a time.
-        on_compliance: where the model does not refuse a bare request: "raise", or "drop" the row
-            with a warning.
+        on_compliance: where the model does not refuse: "raise", or "drop" the row with a warning.
 
     Returns:
         One dict of `input_ids`, `attention_mask` and `labels` for each row, in their order.
@@ -61,13 +61,13 @@ def safety_rows(
         raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            f"The {type(tokenizer).__name__} has no chat template, so it does not say where a reply "
-            "starts. Set tokenizer.chat_template, or use the tokenizer of the aligned chat model."
+            f"The {type(tokenizer).__name__} has no chat template, which says where a reply starts. "
+            "Set tokenizer.chat_template, or use the tokenizer of the aligned chat model."
         )
-    turns = [_turn(name, row, tokenizer, max_length) for name, row in _named_rows(data)]
+    turns = {name: _tokens(name, row, tokenizer, max_length) for name, row in _named_rows(data)}
     if not turns:
         raise ValueError(f"The safety data are empty. Give at least one row: a mapping with {_FORMATS}.")
-    bare = {turn.name: turn.prompt for turn in turns if turn.response is None}
+    bare = {name: prompt for name, (prompt, response) in turns.items() if response is None}
     replies: dict[str, list[int]] = {}
     if bare:
         if model is None:
@@ -75,28 +75,26 @@ def safety_rows(
                 f"{len(bare)} of {len(turns)} safety rows have no response (first: {next(iter(bare))}). "
                 "Give each a 'response', or the aligned model as model= to write its own."
             )
-        replies = greedy_replies(model, tokenizer, bare, max_new_tokens, batch_size)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        options["progress"] = "Replies to safety requests"
+        with reference_source(model).open():
+            written = greedy_tokens(model, tokenizer, [*bare.values()], **options)
+        replies = dict(zip(bare, written, strict=True))
     texts = {name: tokenizer.decode(reply, skip_special_tokens=True) for name, reply in replies.items()}
     complied = {name: text.strip() for name, text in texts.items() if not is_refusal(text)}
-    turns = [turn for turn in turns if turn.name not in complied]
+    kept = {name: turn for name, turn in turns.items() if name not in complied}
     if complied:
         shown = "; ".join(f"{name}: {text[:60]!r}" for name, text in list(complied.items())[:3])
         found = f"The model does not refuse {len(complied)} of {len(bare)} bare requests (first: {shown})."
-        if on_compliance == "raise" or not turns:
+        if on_compliance == "raise" or not kept:
+            end = "." if kept else "; but then no row is left. Is this the aligned model?"
             raise ValueError(
                 f"{found} Such replies would protect compliance. Give these rows a 'response' that refuses, "
-                "remove them, or leave them out by on_compliance='drop'"
-                + ("." if turns else "; but then no row is left. Is this the aligned model?")
+                f"remove them, or leave them out by on_compliance='drop'{end}"
             )
-        warnings.warn(f"{found} They are left out; rows kept: {len(turns)}.", stacklevel=2)
-    responses = {turn.name: turn.response for turn in turns if turn.response is not None} | replies
-    return [_labelled(turn.prompt, responses[turn.name], max_length) for turn in turns]
-
-
-class _Turn(NamedTuple):
-    name: str
-    prompt: list[int]
-    response: list[int] | None
+        warnings.warn(f"{found} They are left out; rows kept: {len(kept)}.", stacklevel=2)
+    responses = {name: response for name, (_, response) in kept.items() if response is not None} | replies
+    return [_labelled(prompt, responses[name], max_length) for name, (prompt, _) in kept.items()]
 
 
 def _named_rows(data: SafetyData) -> Iterator[tuple[str, Any]]:
@@ -106,32 +104,29 @@ def _named_rows(data: SafetyData) -> Iterator[tuple[str, Any]]:
             "of its splits, or a list with the row in it."
         )
     if isinstance(data, (str, PathLike)):
-        yield from read_jsonl(data)
-    else:
-        yield from ((f"Safety row {index}", row) for index, row in enumerate(data))
+        return read_jsonl(data)
+    return ((f"Safety row {index}", row) for index, row in enumerate(data))
 
 
-def _turn(name: str, row: Any, tokenizer: Any, max_length: int) -> _Turn:
+def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[int], list[int] | None]:
     """Tokens of a row's prompt and of its reply, if it has one."""
     messages = _messages(name, row)
     replied = messages[-1]["role"] == "assistant"
     prompt = _token_ids(name, tokenizer, messages[:-1] if replied else messages, True)
     if len(prompt) >= max_length:
-        raise ValueError(
-            f"{name}: its prompt has {len(prompt)} tokens and max_length is {max_length}, which leaves "
-            "none of its response. Raise max_length, or shorten the prompt."
-        )
+        found = f"{name}: its prompt has {len(prompt)} tokens and max_length is {max_length}"
+        raise ValueError(f"{found}, which leaves no response. Raise max_length, or shorten the prompt.")
     if not replied:
-        return _Turn(name, prompt, None)
+        return prompt, None
     tokens = _token_ids(name, tokenizer, messages, False)
     if tokens[: len(prompt)] != prompt:
+        expected, found = (tokenizer.decode(ids[: len(prompt)])[-40:] for ids in (prompt, tokens))
         raise ValueError(
-            f"{name}: the conversation does not start with the tokens of its prompt, so where the response "
-            f"starts is unknown. Expected {tokenizer.decode(prompt)[-40:]!r} before it, found "
-            f"{tokenizer.decode(tokens[: len(prompt)])[-40:]!r}. Remove white space before the response, or "
+            f"{name}: the conversation does not start with the tokens of its prompt, then the response. "
+            f"Expected {expected!r} before it, found {found!r}. Remove white space before the response, or "
             "use a chat template that writes a prompt alike with and without a reply."
         )
-    return _Turn(name, prompt, _through_end_of_turn(tokens[len(prompt) :], tokenizer))
+    return prompt, _through_end_of_turn(tokens[len(prompt) :], tokenizer)
 
 
 def _messages(name: str, row: Any) -> list[Message]:

@@ -18,25 +18,11 @@ once, and one all-reduce of the sums gives every rank the same decision.
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
 """
 
-from safegrad_optim.surgery._coefficient import ConstantRho, decide
-from safegrad_optim.surgery._combine import combine, combine_, project_conflicting, update_
+from safegrad_optim.surgery._combine import combine, combine_, combine_pairs_, project_conflicting
+from safegrad_optim.surgery._decision import ConstantRho, SurgeryStats
 from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 from safegrad_optim.surgery._products import GradientProducts, inner_products, sums_of
-from safegrad_optim.surgery._stats import SurgeryStats, surgery_stats
 
-__all__ = [
-    "ConstantRho",
-    "GradientProducts",
-    "Gradients",
-    "Pairs",
-    "SurgeryStats",
-    "combine",
-    "combine_",
-    "decide",
-    "inner_products",
-    "project_conflicting",
-    "sums_of",
-    "surgery_stats",
-    "take_apart",
-    "update_",
-]
+__all__ = ["GradientProducts", "SurgeryStats", "combine", "combine_", "inner_products", "project_conflicting"]
+# What a step of the optimizer is made of.
+__all__ += ["ConstantRho", "Gradients", "Pairs", "combine_pairs_", "sums_of", "take_apart"]

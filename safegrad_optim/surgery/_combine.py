@@ -1,7 +1,4 @@
-"""Eq. 4 and 5 of the paper on lists of tensors, in place or not.
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
-"""
+"""Eq. 4 and 5 of the paper (arXiv 2508.07172) on lists of tensors, in place or not."""
 
 from collections.abc import Sequence
 from functools import cache, partial
@@ -10,10 +7,9 @@ import torch
 from torch import Tensor
 
 from safegrad_optim.surgery._blocks import Weighted, blocks, in_cache
-from safegrad_optim.surgery._coefficient import ConstantRho, Decision, decide
+from safegrad_optim.surgery._decision import ConstantRho, SurgeryStats, decide
 from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 from safegrad_optim.surgery._products import GradientProducts, sums_of
-from safegrad_optim.surgery._stats import SurgeryStats, surgery_stats
 
 
 def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> list[Tensor | None]:
@@ -23,16 +19,7 @@ def project_conflicting(user_grads: Gradients, alignment_grads: Gradients) -> li
 
     The sums run over the parameters that have both gradients; where either is `None`, the entry of
     `user_grads` is returned as it is, because the user's step does not move what it has no gradient for.
-
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
-
-    Returns:
-        New tensors with the dtypes of `user_grads`; `None` where the user gradient is `None`.
-
-    Raises:
-        ValueError: the lists cannot be combined, see `take_apart`.
+    Arguments and errors are those of `combine_`; the tensors returned are new.
     """
     projected, _ = combine(user_grads, alignment_grads, rho=0.0)
     return [None if user is None else gradient for user, gradient in zip(user_grads, projected, strict=True)]
@@ -45,7 +32,7 @@ def combine(
 
     g = g'_user + rho g_align    (Eq. 5, g'_user as in `project_conflicting`)
 
-    Args and errors are those of `combine_`; the tensors returned are new.
+    Arguments and errors are those of `combine_`; the tensors returned are new.
     """
     copies = [None if user is None else user.clone() for user in user_grads]
     return combine_(copies, alignment_grads, rho)
@@ -76,28 +63,26 @@ def combine_(
 
     Raises:
         ValueError: `rho` is negative or not finite, or the lists cannot be combined.
+        NotImplementedError: the sum over ranks of a DTensor is pending.
     """
     rule = ConstantRho(rho)
     gradients = take_apart(user_grads, alignment_grads)
-    products = sums_of(gradients) if products is None else products
-    decision = decide(products, rule(products))
-    return update_(gradients, decision), surgery_stats(products, decision)
+    return combine_pairs_(gradients, sums_of(gradients) if products is None else products, rule)
 
 
-def update_(gradients: Pairs, decision: Decision) -> list[Tensor | None]:
-    """Make the user gradient the final one, in place, and return it as `combine_` does."""
-    _add_(
-        [
-            (user, alignment)
-            for user, alignment, _ in gradients.pairs
-            if user is not None and alignment is not None
-        ],
-        decision.coefficient,
-    )
-    return [
-        alignment * decision.rho if user is None and alignment is not None else user
+def combine_pairs_(
+    gradients: Pairs, products: GradientProducts, rho: ConstantRho
+) -> tuple[list[Tensor | None], SurgeryStats]:
+    """`combine_` for gradients that are taken apart already, with the sums over them."""
+    weight = rho(products)
+    coefficient, stats = decide(products, weight)
+    both = [(user, grad) for user, grad, _ in gradients.pairs if user is not None and grad is not None]
+    _add_(both, coefficient)
+    final = [
+        alignment * weight if user is None and alignment is not None else user
         for user, alignment in zip(gradients.user_grads, gradients.alignment_grads, strict=True)
     ]
+    return final, stats
 
 
 def _add_(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tensor) -> None:

@@ -13,16 +13,11 @@ from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 class GradientProducts(NamedTuple):
     """The four sums that decide a step; each a 0-dim fp64 tensor (fp32 where fp64 is missing)."""
 
-    inner_product: Tensor
-    """<g_user, g_align> over all parameters that have both gradients."""
-    user_sq_norm: Tensor
-    """||g_user||^2."""
-    alignment_sq_norm: Tensor
-    """||g_align||^2 over all parameters."""
-    shared_alignment_sq_norm: Tensor
-    """||g_align||^2 over the parameters that also have a user gradient."""
-    eps: float
-    """Relative precision of the accumulation."""
+    inner_product: Tensor  # <g_user, g_align> over all parameters that have both gradients
+    user_sq_norm: Tensor  # ||g_user||^2
+    alignment_sq_norm: Tensor  # ||g_align||^2 over all parameters
+    shared_alignment_sq_norm: Tensor  # ||g_align||^2 over those that also have a user gradient
+    eps: float  # relative precision of the accumulation
 
     @property
     def negligible(self) -> Tensor:
@@ -38,17 +33,8 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
 
     <u, a> = sum_i sum(u_i * a_i), likewise <u, u> and <a, a>, one sum over all tensors together.
 
-    With DTensors among them all ranks have to call this, and it takes one all-reduce.
-
-    Args:
-        user_grads: gradients of the user's loss, `None` where a parameter has none.
-        alignment_grads: gradients of the alignment loss; same order, shapes, dtypes and devices.
-
-    Returns:
-        The sums as 0-dim tensors on the device of the first gradient.
-
-    Raises:
-        ValueError: the lists cannot be combined, see `take_apart`.
+    With DTensors among them all ranks have to call this, and it takes one all-reduce. Arguments and errors
+    are those of `combine_`; the sums are on the device of the first gradient.
     """
     return sums_of(take_apart(user_grads, alignment_grads))
 
@@ -59,10 +45,6 @@ def sums_of(gradients: Pairs) -> GradientProducts:
     both: list[Weighted] = []
     user_only: list[Weighted] = []
     alignment_only: list[Weighted] = []
-    cross: list[Tensor] = []
-    user_sq: list[Tensor] = []
-    shared_sq: list[Tensor] = []
-    other_sq: list[Tensor] = []
     for index, (user, alignment, copies) in enumerate(gradients.pairs):
         share = 1 / copies if gradients.is_sharded else 1.0
         if user is not None and alignment is not None:
@@ -76,6 +58,8 @@ def sums_of(gradients: Pairs) -> GradientProducts:
             user_only.append((_dense(user), share))
         elif alignment is not None:
             alignment_only.append((_dense(alignment), share))
+    sums: tuple[list[Tensor], ...] = ([], [], [], [])
+    cross, user_sq, shared_sq, other_sq = sums
     for block in blocks(both):
         u, a = block.values
         cross.append(_dot(u, a, block.weight))
@@ -85,15 +69,9 @@ def sums_of(gradients: Pairs) -> GradientProducts:
         for block in blocks(one_sided):
             (value,) = block.values
             squares.append(_dot(value, value, block.weight))
-    sums = torch.stack([_total(values, gradients.device) for values in (cross, user_sq, shared_sq, other_sq)])
-    inner, user_total, shared, other = (sum_over_ranks(sums) if gradients.is_sharded else sums).unbind()
-    return GradientProducts(
-        inner_product=inner,
-        user_sq_norm=user_total,
-        alignment_sq_norm=shared + other,
-        shared_alignment_sq_norm=shared,
-        eps=gradients.eps,
-    )
+    totals = torch.stack([_total(values, gradients.device) for values in sums])
+    inner, user, shared, other = (sum_over_ranks(totals) if gradients.is_sharded else totals).unbind()
+    return GradientProducts(inner, user, shared + other, shared, gradients.eps)
 
 
 def _dense(*gradients: Tensor) -> tuple[Tensor, ...]:
@@ -104,7 +82,7 @@ def _dense(*gradients: Tensor) -> tuple[Tensor, ...]:
     return tuple((gradient + union).coalesce().values() for gradient in gradients)
 
 
-def _dot(left: Tensor, right: Tensor, weight: float = 1.0) -> Tensor:
+def _dot(left: Tensor, right: Tensor, weight: float) -> Tensor:
     """Inner product of two 1-D tensors, times a weight."""
     product = torch.dot(left, right)
     return product if weight == 1.0 else product.double() * weight

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safegrad_optim import combine, combine_, inner_products, project_conflicting
-from safegrad_optim.surgery import _blocks, _coefficient, _combine, _pairs, _products, _stats
+from safegrad_optim.surgery import _blocks, _combine, _decision, _pairs, _products
 from tests.support import oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -415,5 +415,5 @@ def test_each_gradient_enters_the_code_for_dtensors_once(monkeypatch):
     combine_([None, *user], [torch.ones(1), *alignment], 1.0)
     assert len(entered) == len(set(entered)) == 5
     # No other file of the surgery asks what a tensor is on the ranks.
-    for module in (_blocks, _coefficient, _combine, _products, _stats):
+    for module in (_blocks, _combine, _decision, _products):
         assert {"local", "held", "is_distributed_tensor", "placed_as"}.isdisjoint(vars(module))
