@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from safegrad_optim._torch_private import hooks_of, make_hook_registries
 from safegrad_optim.optimizer import _checks
-from safegrad_optim.optimizer._state import AlignmentCallable, Kept, OwnState, StepCounts, merged, split
+from safegrad_optim.optimizer._gradients import AlignmentCallable
+from safegrad_optim.optimizer._state import Kept, OwnState, StepCounts, merged, split
 from safegrad_optim.optimizer._step import is_state_probe, operate_, trainable_parameters
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
 from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats

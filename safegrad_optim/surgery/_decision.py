@@ -37,13 +37,13 @@ class SurgeryStats(NamedTuple):
     Reading a value (`float(stats.cosine)`, `stats.to_dict()`) is what waits for the device.
     """
 
-    inner_product: Tensor  # <g_user, g_align> before surgery
-    cosine: Tensor  # of the two gradients before surgery; 0 where either is zero
-    user_norm: Tensor  # ||g_user|| before surgery
-    alignment_norm: Tensor  # ||g_align||
-    conflict: Tensor  # whether <g_user, g_align> < 0 (Eq. 3) and so g_user was projected
-    negligible: Tensor  # whether g_align was zero or below the rounding of g_user: a plain step
-    final_norm: Tensor  # ||g'_user + rho g_align||, before rounding and clipping
+    inner_product: Tensor  #: <g_user, g_align> before surgery
+    cosine: Tensor  #: of the two gradients before surgery; 0 where either is zero
+    user_norm: Tensor  #: ||g_user|| before surgery
+    alignment_norm: Tensor  #: ||g_align||
+    conflict: Tensor  #: whether <g_user, g_align> < 0 (Eq. 3) and so g_user was projected
+    negligible: Tensor  #: whether g_align was zero or below the rounding of g_user: a plain step
+    final_norm: Tensor  #: ||g'_user + rho g_align||, before rounding and clipping
 
     def to_dict(self) -> dict[str, float]:
         """Read all values to the host at once, as floats by field name."""

@@ -13,11 +13,11 @@ from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 class GradientProducts(NamedTuple):
     """The four sums that decide a step; each a 0-dim fp64 tensor (fp32 where fp64 is missing)."""
 
-    inner_product: Tensor  # <g_user, g_align> over all parameters that have both gradients
-    user_sq_norm: Tensor  # ||g_user||^2
-    alignment_sq_norm: Tensor  # ||g_align||^2 over all parameters
-    shared_alignment_sq_norm: Tensor  # ||g_align||^2 over those that also have a user gradient
-    eps: float  # relative precision of the accumulation
+    inner_product: Tensor  #: <g_user, g_align> over all parameters that have both gradients
+    user_sq_norm: Tensor  #: ||g_user||^2
+    alignment_sq_norm: Tensor  #: ||g_align||^2 over all parameters
+    shared_alignment_sq_norm: Tensor  #: ||g_align||^2 over those that also have a user gradient
+    eps: float  #: relative precision of the accumulation
 
     @property
     def negligible(self) -> Tensor:
