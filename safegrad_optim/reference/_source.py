@@ -30,7 +30,7 @@ class Reference:
             where that is trained, and "logits" are exact; "exact" is the smaller of the two. "top_k" keeps
             `top_k` log-probabilities, see `top_k_kl_divergence`; `None` computes P_ref anew at each call.
         top_k: number of log-probabilities that "top_k" keeps.
-        file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
+        file: safetensors file to keep the cache in; read by memory map if it exists and fits.
         resumed: the model has been fine-tuned already and may differ from its reference; without adapters
             this needs the `file` of the run that is resumed, or `ref_model`.
 
@@ -124,8 +124,8 @@ def reference_source(model: nn.Module, ref_model: nn.Module | None = None) -> Re
         shared = [name for name, tensor in ref_model.named_parameters() if tensor in trained]
         if shared:
             raise ValueError(
-                f"The reference shares {len(shared)} trainable parameters (first: {shared[0]}) and would drift "
-                "along. Give a copy.deepcopy made before training, or leave ref_model out to keep what is now."
+                f"The reference shares {len(shared)} trainable parameters with the model, first {shared[0]}. "
+                "Give a copy.deepcopy made before training, or leave ref_model out to keep the model as is."
             )
         return ReferenceSource(ref_model, shares_head=False)
     if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
