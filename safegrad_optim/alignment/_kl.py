@@ -102,8 +102,8 @@ class KLAlignment(Alignment):
             raise ValueError(
                 f"The saved run kept to a reference with weights {state['reference']:x}, this one has "
                 f"{self._reference_number:x}: the model was fine-tuned before KLAlignment was built, or is "
-                "another. Build it from the aligned model, or give Reference(file=..., resumed=True) with the "
-                "saved run's file, or Reference(ref_model=...)."
+                "another. Build it from the aligned model, or give Reference(ref_model=...) or the file of "
+                "the saved run, Reference(file=..., resumed=True)."
             )
         super().load_state_dict(state)
 
@@ -134,7 +134,7 @@ class KLAlignment(Alignment):
         if not divergence <= _MAX_START_KL:
             raise ValueError(
                 f"Before fine-tuning the model already differs from its reference by KL = {divergence:.3g} a "
-                f"token, expected less than {_MAX_START_KL}. If adapters hold the alignment, call "
-                "merge_and_unload() and add new ones; if ref_model is another model, give the aligned one; if the "
-                "run is resumed, give Reference(resumed=True)."
+                f"token, expected less than {_MAX_START_KL}. If adapters hold the alignment, merge them "
+                "(merge_and_unload) and add new ones; if ref_model is another model, give the aligned one; "
+                "if the run is resumed, give Reference(resumed=True)."
             )
