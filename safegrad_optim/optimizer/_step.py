@@ -37,11 +37,9 @@ def is_state_probe(base: Optimizer, user_grads: Gradients) -> bool:
     return not (on_any_rank(found) if any(map(is_distributed_tensor, present)) else found)
 
 
-def operate_(
-    own: OwnState, parameters: list[Tensor], user_grads: Gradients, alignment_grads: Gradients
-) -> None:
+def operate_(own: OwnState, parameters: list[Tensor], alignment_grads: Gradients) -> None:
     """Make the `.grad` of the parameters the final gradient, and count the step by its kind."""
-    gradients = take_apart(user_grads, alignment_grads)
+    gradients = take_apart([parameter.grad for parameter in parameters], alignment_grads)
     final, stats = combine_pairs_(gradients, _checked_sums(own, gradients), own.rho)
     for parameter, grad in zip(parameters, final, strict=True):
         parameter.grad = grad
@@ -66,11 +64,8 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
             "user gradients (by ||g||^2)": user_sq,
             "alignment gradients (by ||g||^2)": alignment_sq,
         }
-        require_same(
-            given,
-            "Give all ranks the same options, and gradients averaged over them: DistributedDataParallel "
-            "and KLAlignment average, what you compute yourself has to be all-reduced.",
-        )
+        advice = "Give all ranks the same options, and gradients averaged over them as by DDP or KLAlignment."
+        require_same(given, advice)
         # A gradient that is zero on all ranks does not tell whether it is averaged over them.
         own.ranks_agree = not negligible
     if negligible or not all(map(math.isfinite, read)):
