@@ -134,10 +134,7 @@ class SafetySource:
 
 def _tensors(item: Any, index: int) -> Batch:
     if not isinstance(item, Mapping):
-        raise TypeError(
-            f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs with "
-            "'labels'."
-        )
+        raise TypeError(f"Safety batch {index} is a {type(item).__name__}, expected a mapping with 'labels'.")
     for name in ("input_ids", "labels"):
         if name not in item:
             raise ValueError(
