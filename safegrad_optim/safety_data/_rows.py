@@ -32,8 +32,8 @@ def safety_rows(
 
     labels_t = input_ids_t for t in the last reply through its end-of-turn token, else -100
 
-    A conversation without a reply, a bare request, gets the one that `model` writes: greedy, and
-    without an end-of-turn token where `max_new_tokens` cut it. Replies that are given are not judged.
+    A bare request gets the reply that `model` writes: greedy, and without an end-of-turn token where
+    `max_new_tokens` cut it. Replies that are given are not judged.
 
     Args:
         data: rows in a list or `Dataset`, or the path of a JSONL file. A row is `{"messages": [...]}`,
@@ -41,8 +41,7 @@ def safety_rows(
         tokenizer: the model's tokenizer, with a chat template.
         model: the aligned model, which replies to bare requests; with its PEFT adapters switched off.
         max_length: tokens a row; longer replies are cut at the right.
-        max_new_tokens: tokens of a reply that the model writes.
-        batch_size: requests that the model replies to at a time.
+        max_new_tokens, batch_size: tokens of a reply of the model, and requests that it replies to at a time.
         on_compliance: where the model does not refuse: "raise", or "drop" the row with a warning.
 
     Returns:
