@@ -59,7 +59,12 @@ class Share(NamedTuple):
 
 def share_of(model: nn.Module) -> Share:
     """Return which share of the safety batch this rank computes for a model."""
-    _refuse_unsupported(model)
+    advice = "Use FSDP2: torch.distributed.fsdp.fully_shard."
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise NotImplementedError(f"The model is in FSDP1, which flattens parameters. {advice}")
+    # DeepSpeed's mark on parameters in ZeRO-3; what was tested is a stand-in.
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise NotImplementedError(f"The model is in DeepSpeed ZeRO-3, which hides its gradients. {advice}")
     if world_size() == 1:
         return Share(0, 1)
     # Unsharded parameters do not tell how they are sharded.
@@ -74,15 +79,6 @@ def share_of(model: nn.Module) -> Share:
     if shares:
         return shares.pop()
     return Share(0, 1) if sizes else Share(dist.get_rank(), world_size())
-
-
-def _refuse_unsupported(model: nn.Module) -> None:
-    advice = "Use FSDP2: torch.distributed.fsdp.fully_shard."
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise NotImplementedError(f"The model is in FSDP1, which flattens parameters. {advice}")
-    # DeepSpeed's mark on parameters in ZeRO-3; what was tested is a stand-in.
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise NotImplementedError(f"The model is in DeepSpeed ZeRO-3, which hides its gradients. {advice}")
 
 
 def sum_of_shards(parameters: Sequence[Tensor], sums: Sequence[int]) -> list[int]:

@@ -70,13 +70,10 @@ def require_same(values: Mapping[str, Any], advice: str) -> None:
     """Check that all ranks were given the same: small values with a repr that tells them, by name."""
     if world_size() == 1:
         return
-    own = {name: repr(value) for name, value in values.items()}
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, own)
-    for name in own:
-        other = next((rank for rank, theirs in enumerate(found) if theirs[name] != found[0][name]), None)
-        if other is not None:
-            raise ValueError(
-                f"Ranks were given different {name}: rank 0 has {found[0][name]}, rank {other} "
-                f"{found[other][name]}. {advice}"
-            )
+    dist.all_gather_object(found, {name: repr(value) for name, value in values.items()})
+    for name, first in found[0].items():
+        for rank, value in enumerate(theirs[name] for theirs in found):
+            if value != first:
+                differing = f"rank 0 has {first}, rank {rank} {value}"
+                raise ValueError(f"Ranks were given different {name}: {differing}. {advice}")
