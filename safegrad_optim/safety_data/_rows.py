@@ -59,10 +59,8 @@ def safety_rows(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            f"The {type(tokenizer).__name__} has no chat template, which says where a reply starts. "
-            "Set tokenizer.chat_template, or use the tokenizer of the aligned chat model."
-        )
+        found = f"The {type(tokenizer).__name__} has no chat template, which says where a reply starts"
+        raise ValueError(f"{found}. Set tokenizer.chat_template, or use the aligned chat model's tokenizer.")
     turns = {name: _tokens(name, row, tokenizer, max_length) for name, row in _named_rows(data)}
     if not turns:
         raise ValueError(f"The safety data are empty. Give at least one row: a mapping with {_FORMATS}.")
@@ -129,7 +127,6 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
 
 
 def _messages(name: str, row: Any) -> list[Message]:
-    """The messages of a row in any of the formats, checked."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise ValueError(f"{name} is a {type(row).__name__}, expected a text or a mapping with {_FORMATS}.")
