@@ -1,7 +1,4 @@
-"""KL(P_ref || P_model) between next-token distributions, whole or of the likeliest tokens.
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
-"""
+"""KL(P_ref || P_model) between next-token distributions, whole or of the likeliest tokens."""
 
 from functools import reduce
 from typing import Any, NamedTuple
@@ -15,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 def kl_divergence(ref_logits: Tensor, logits: Tensor, *, chunk_size: int = 16) -> Tensor:
     """Sum KL(P_ref || P_model) over tokens, in nats, computed in fp32 (fp64 for fp64 input).
 
-    sum_t sum_v P_ref(v|t) (log P_ref(v|t) - log P_model(v|t))    (Eq. 6 is this by the number of tokens)
+    sum_t sum_v P_ref(v|t) (log P_ref(v|t) - log P_model(v|t))    (T times Eq. 6 of arXiv 2508.07172)
 
     The gradient by `logits` is P_model - P_ref, exactly zero where the rows are equal.
 

@@ -51,9 +51,7 @@ class Alignment(ABC):
         """
 
     def __call__(self, parameters: list[Tensor]) -> list[Tensor | None]:
-        """Return the gradient of the alignment loss on the next safety batch by each of `parameters`.
-
-        It is `None` where the loss does not depend on the parameter.
+        """Return the gradient of the next safety batch's loss by each parameter, `None` where there is none.
 
         Raises:
             ValueError: the loss depends on no trainable parameter, or the reference is not aligned any more.

@@ -49,8 +49,7 @@ class KLAlignment(Alignment):
             the aligned model, or a cache file of another reference.
         TypeError: the model has no output head.
         MemoryError: the reference would take more memory than is free.
-        NotImplementedError: an encoder-decoder, an unsupported way to be parallel, or a `file` of the
-            reference with several ranks.
+        NotImplementedError: an encoder-decoder, an unsupported parallel model, or `file` with several ranks.
 
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
     """

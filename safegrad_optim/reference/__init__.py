@@ -17,5 +17,4 @@ from safegrad_optim.reference._reading import Reading, read_reference
 from safegrad_optim.reference._source import Reference, ReferenceSource, reference_source
 
 __all__ = ["Reading", "Reference", "ReferenceCache", "ReferenceSource", "read_reference", "reference_source"]
-# Which `Reference` speaks of.
-__all__ += ["top_k_kl_divergence"]
+__all__ += ["top_k_kl_divergence"]  # which `Reference` speaks of

@@ -78,10 +78,7 @@ class ReferenceSource:
 
 
 class AdaptersOff(ReferenceSource):
-    """The base model under PEFT adapters: the aligned model as long as only adapters are trained.
-
-    Merged adapters, or trainable parameters outside the adapters, raise a ValueError at each use.
-    """
+    """The base model under PEFT adapters: the aligned one while only they are trained, as each use checks."""
 
     @contextmanager
     def open(self) -> Iterator[nn.Module]:

@@ -34,10 +34,9 @@ def greedy_tokens(
     batch_size: int,
     progress: str | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt greedily, by the model as it is, which is left as it was.
+    """Continue each prompt greedily, through an end of text of model or tokenizer; the model stays as it was.
 
-    A continuation, of `max_new_tokens` at most, has the token that ended it: an end of text of the model or
-    of its tokenizer. `progress` is the text of a progress bar, which is shown if tqdm is installed.
+    `progress` is the text of a progress bar, which is shown if tqdm is installed.
     """
     stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
