@@ -33,21 +33,8 @@ from safegrad_optim.surgery import (
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GradientProducts",
-    "KLAlignment",
-    "LossAlignment",
-    "Reference",
-    "SafeGradOptimizer",
-    "StepCounts",
-    "SurgeryStats",
-    "UnprotectedStepError",
-    "combine",
-    "combine_",
-    "inner_products",
-    "is_refusal",
-    "kl_divergence",
-    "project_conflicting",
-    "safety_rows",
-    "with_prompt_prefixes",
-]
+# To train with, for safety rows, what is said of a step, and the math alone.
+__all__ = ["KLAlignment", "LossAlignment", "Reference", "SafeGradOptimizer"]
+__all__ += ["is_refusal", "safety_rows", "with_prompt_prefixes"]
+__all__ += ["GradientProducts", "StepCounts", "SurgeryStats", "UnprotectedStepError"]
+__all__ += ["combine", "combine_", "inner_products", "kl_divergence", "project_conflicting"]

@@ -17,8 +17,7 @@ def version(tensor: Tensor) -> int:
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a module's own parameters by name, to be replaced by tensors of any kind."""
-    own: dict[str, Tensor | None] = module._parameters  # type: ignore[assignment]
-    return own
+    return module._parameters  # type: ignore[return-value]
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

@@ -103,10 +103,8 @@ class SafetySource:
         own = self.state_dict()
         for key in ("count", "seed"):
             if state[key] != own[key]:
-                raise ValueError(
-                    f"The saved order of safety batches has {key} {state[key]}, this one {own[key]}. Build "
-                    "it from the safety batches and seed of the saved run."
-                )
+                found = f"The saved order of safety batches has {key} {state[key]}, this one {own[key]}"
+                raise ValueError(f"{found}. Build it from the safety batches and seed of the saved run.")
         self.taken = state["taken"]
 
     def tokens(self, index: int) -> int:
@@ -134,10 +132,7 @@ class SafetySource:
 
 def _tensors(item: Any, index: int) -> Batch:
     if not isinstance(item, Mapping):
-        raise TypeError(
-            f"Safety batch {index} is a {type(item).__name__}, expected a mapping of model inputs with "
-            "'labels'."
-        )
+        raise TypeError(f"Safety batch {index} is a {type(item).__name__}, expected a mapping with 'labels'.")
     for name in ("input_ids", "labels"):
         if name not in item:
             raise ValueError(
@@ -175,10 +170,8 @@ def _check(batch: Batch, index: int, positions: Positions) -> None:
             "have to be of one shape (rows, length)."
         )
     if not position_mask(batch, positions).any():
-        raise ValueError(
-            f"Safety batch {index} has no response token: all labels after the first are {IGNORE_INDEX}. "
-            "Label the response tokens with their ids; check that truncation has not cut them away."
-        )
+        found = f"Safety batch {index} has no response token: all labels after the first are {IGNORE_INDEX}"
+        raise ValueError(f"{found}. Label the response with its ids; check that truncation has left some.")
 
 
 def _row_groups(mask: Tensor, share: Share, size: int | None) -> list[Tensor]:

@@ -1,7 +1,4 @@
-"""KL(P_ref || P_model) between next-token distributions, whole or of the likeliest tokens.
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
-"""
+"""KL(P_ref || P_model) between next-token distributions, whole or of the likeliest tokens."""
 
 from functools import reduce
 from typing import Any, NamedTuple
@@ -15,15 +12,14 @@ from torch.utils.checkpoint import checkpoint
 def kl_divergence(ref_logits: Tensor, logits: Tensor, *, chunk_size: int = 16) -> Tensor:
     """Sum KL(P_ref || P_model) over tokens, in nats, computed in fp32 (fp64 for fp64 input).
 
-    sum_t sum_v P_ref(v|t) (log P_ref(v|t) - log P_model(v|t))    (Eq. 6 is this by the number of tokens)
+    sum_t sum_v P_ref(v|t) (log P_ref(v|t) - log P_model(v|t))    (T times Eq. 6 of arXiv 2508.07172)
 
-    The gradient by `logits` is P_model - P_ref, exactly zero where the rows are equal. Beyond it, forward
-    and backward hold `chunk_size` rows at a time.
+    The gradient by `logits` is P_model - P_ref, exactly zero where the rows are equal.
 
     Args:
         ref_logits: logits or log-probabilities of the reference, (tokens, vocabulary); no gradient.
         logits: logits of the model, same shape.
-        chunk_size: number of tokens handled at a time.
+        chunk_size: number of tokens that forward and backward handle at a time.
 
     Raises:
         ValueError: shapes differ or are not 2-D, there is no token, or `chunk_size` is not positive.
@@ -37,8 +33,7 @@ def kl_divergence(ref_logits: Tensor, logits: Tensor, *, chunk_size: int = 16) -
         raise ValueError("Found no token to compare, expected at least one response token.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected a positive number of tokens.")
-    result: Tensor = _KLDivergence.apply(ref_logits, logits, chunk_size)  # type: ignore[no-untyped-call]
-    return result
+    return _KLDivergence.apply(ref_logits, logits, chunk_size)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -81,9 +76,8 @@ def top_k_kl_divergence(ref: TopK, logits: Tensor, *, chunk_size: int = 16) -> T
 
     sum_t [ sum_{v in K} P_ref(v) (log P_ref(v) - log P_model(v)) + P_ref(R) (log P_ref(R) - log P_model(R)) ]
 
-    with K the k likeliest tokens of the reference and R the others. It is never above the KL of the whole
-    distributions, and less by P_ref(R) KL(P_ref(. | R) || P_model(. | R)): what the model does among the
-    tokens the reference hardly ever chooses.
+    with K the k likeliest tokens of the reference and R the others. It is the KL of the whole distributions
+    less P_ref(R) KL(P_ref(. | R) || P_model(. | R)): what the model does among the tokens R.
 
     Args:
         ref: the reference, from `top_k_log_probs`; no gradient.

@@ -21,8 +21,7 @@ class Outputs(NamedTuple):
 
     hidden: Tensor  # before the head, (tokens, hidden size)
     logits: Tensor  # as the model returns them, (tokens, vocabulary)
-    # Dtypes at the head: accelerate makes the logits of any model it has prepared fp32 afterwards.
-    precision: str
+    precision: str  # dtypes at the head: afterwards accelerate makes the logits of what it prepared fp32
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -86,9 +85,8 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
     rows = int(mask.sum()) * (2 if ref else 1)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
-            f"Expected logits of {rows} positions from one call of the output head, found "
-            f"{tuple(logits.shape)} from {len(kept)}. A compiled model, or a copy of one whose forward was "
-            "replaced, ignores hooks: pass the original module."
+            f"Expected logits of {rows} positions from one call of the head, found {tuple(logits.shape)} "
+            f"from {len(kept)}. Pass the original of a model that is compiled or whose forward was replaced."
         )
     return Outputs(kept[0], logits.squeeze(0), precision[0])
 
@@ -97,8 +95,7 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
 def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = None) -> Iterator[None]:
     """Run the model in eval mode and restore training flags, buffers and random state exactly.
 
-    Autocast of the surrounding code is off inside, or to `autocast_dtype`, so that the precision does not
-    depend on where the optimizer's step is called.
+    Autocast inside is off or to `autocast_dtype`, wherever the optimizer's step is called.
     """
     training = {module: module.training for module in model.modules()}
     buffers = [

@@ -11,8 +11,6 @@ each call, one gradient for each parameter, of KL(P_ref || P_model) or of a plai
 >>> parameters = list(model.parameters())
 >>> any(gradient.any() for gradient in alignment(parameters))  # nothing has moved yet
 False
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
 """
 
 from safegrad_optim.alignment._base import Alignment

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim._torch_private import divide_all_
-from safegrad_optim.batches import Part, Positions, SafetyBatches, SafetySource, as_batches
+from safegrad_optim.batches import Part, SafetySource
 from safegrad_optim.forward import autocast, unchanged_evaluation
 from safegrad_optim.parallel import (
     inner_module,
@@ -22,9 +22,6 @@ from safegrad_optim.parallel import (
     synchronized,
 )
 
-# Gradients near the reference are below the range of fp16. GradScaler starts here too.
-_FIRST_SCALE = 2.0**16
-
 
 class Alignment(ABC):
     """Gradient of a loss on the next safety batch, with the model and its `.grad` left as they were.
@@ -33,27 +30,18 @@ class Alignment(ABC):
     r, r + n, ... of each batch, and the gradients are averaged, so that the result is that of one process.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        safety_batches: SafetyBatches,
-        positions: Positions,
-        batch_size: int,
-        seed: int,
-        autocast_dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, source: SafetySource, autocast_dtype: torch.dtype | None) -> None:
         self.model = inner_module(model)
-        batches = as_batches(safety_batches, positions=positions, batch_size=batch_size)
-        self._sources = (SafetySource(batches, positions=positions, seed=seed),)
+        self._sources: tuple[SafetySource, ...] = (source,)
         self._share = share_of(self.model)
         require_same(
-            {"safety batches": self._sources[0].digest[:12], "seed": seed, "autocast_dtype": autocast_dtype},
+            {"safety batches": source.digest[:12], "seed": source.seed, "autocast_dtype": autocast_dtype},
             "Give every rank all safety rows and the same options; rows are split over ranks in here.",
         )
         self.autocast_dtype = autocast_dtype
-        self.last_loss: Tensor | None = None
-        """Alignment loss of the last call, a 0-dim tensor on the model's device."""
-        self._fp16_scale = _FIRST_SCALE
+        self.last_loss: Tensor | None = None  # of the last call, 0-dim, on the model's device
+        # Gradients near the reference are below the range of fp16. GradScaler starts here too.
+        self._fp16_scale = 2.0**16
 
     @abstractmethod
     def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
@@ -63,9 +51,7 @@ class Alignment(ABC):
         """
 
     def __call__(self, parameters: list[Tensor]) -> list[Tensor | None]:
-        """Return the gradient of the alignment loss on the next safety batch by each of `parameters`.
-
-        It is `None` where the loss does not depend on the parameter.
+        """Return the gradient of the next safety batch's loss by each parameter, `None` where there is none.
 
         Raises:
             ValueError: the loss depends on no trainable parameter, or the reference is not aligned any more.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.alignment._old_arguments import naming_the_new
-from safegrad_optim.batches import Positions, SafetyBatches, SafetySource
+from safegrad_optim.batches import Positions, SafetyBatches, SafetySource, as_batches
 from safegrad_optim.forward import unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
 from safegrad_optim.reference import (
@@ -31,8 +31,7 @@ class KLAlignment(Alignment):
     L_align = (1 / T) sum_t KL(P_ref(. | x_<t) || P_model(. | x_<t))    (Eq. 6)
 
     over the T response tokens of one safety batch; each call takes the next batch of a seeded order.
-    Reference and model run in the same precision, in eval mode. With several ranks each keeps the reference
-    of its own rows.
+    Reference and model run in eval mode; with several ranks each keeps the reference of its own rows.
 
     Args:
         model: the causal language model being fine-tuned, with PEFT adapters or without.
@@ -50,8 +49,7 @@ class KLAlignment(Alignment):
             the aligned model, or a cache file of another reference.
         TypeError: the model has no output head.
         MemoryError: the reference would take more memory than is free.
-        NotImplementedError: an encoder-decoder, an unsupported way to be parallel, or a `file` of the
-            reference with several ranks.
+        NotImplementedError: an encoder-decoder, an unsupported parallel model, or `file` with several ranks.
 
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 6.
     """
@@ -69,7 +67,8 @@ class KLAlignment(Alignment):
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(model, safety_batches, positions, batch_size, seed, autocast_dtype)
+        batches = as_batches(safety_batches, positions=positions, batch_size=batch_size)
+        super().__init__(model, SafetySource(batches, positions=positions, seed=seed), autocast_dtype)
         options = Reference() if reference is None else reference
         self.micro_batch_size = micro_batch_size
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -102,8 +101,8 @@ class KLAlignment(Alignment):
             raise ValueError(
                 f"The saved run kept to a reference with weights {state['reference']:x}, this one has "
                 f"{self._reference_number:x}: the model was fine-tuned before KLAlignment was built, or is "
-                "another one. Build it from the aligned model before loading fine-tuned weights, or give "
-                "Reference(file=..., resumed=True) with the saved run's file, or Reference(ref_model=...)."
+                "another. Build it from the aligned model, or give Reference(ref_model=...) or the file of "
+                "the saved run, Reference(file=..., resumed=True)."
             )
         super().load_state_dict(state)
 
@@ -133,8 +132,8 @@ class KLAlignment(Alignment):
         divergence = float(total)
         if not divergence <= _MAX_START_KL:
             raise ValueError(
-                "Before fine-tuning the model already differs from its reference by KL = "
-                f"{divergence:.3g} a token, expected less than {_MAX_START_KL}. If its adapters hold the "
-                "alignment, merge them first (merge_and_unload) and add new ones; if ref_model is another "
-                "model, give the aligned one; if the run is resumed, give Reference(resumed=True)."
+                f"Before fine-tuning the model already differs from its reference by KL = {divergence:.3g} a "
+                f"token, expected less than {_MAX_START_KL}. If adapters hold the alignment, merge them "
+                "(merge_and_unload) and add new ones; if ref_model is another model, give the aligned one; "
+                "if the run is resumed, give Reference(resumed=True)."
             )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
-from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches, SafetySource
+from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches, SafetySource, as_batches
 from safegrad_optim.forward import forward_at
 
 
@@ -39,7 +39,8 @@ class LossAlignment(Alignment):
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(model, safety_batches, "response", batch_size, seed, autocast_dtype)
+        batches = as_batches(safety_batches, positions="response", batch_size=batch_size)
+        super().__init__(model, SafetySource(batches, positions="response", seed=seed), autocast_dtype)
         self.loss_fn = loss_fn
 
     def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:

@@ -1,10 +1,7 @@
 """SafeGrad in the Hugging Face Trainer and its subclasses, such as TRL's: optimizer and metrics.
 
-trainer = Trainer(
-    model, args, train_dataset=dataset, optimizer_cls_and_kwargs=safegrad_optimizer(args, safety_batches)
-)
+trainer = Trainer(model, args, ..., optimizer_cls_and_kwargs=safegrad_optimizer(args, safety_batches))
 SafeGradCallback().add_to(trainer)
-trainer.train()
 """
 
 import warnings
@@ -40,9 +37,9 @@ def safegrad_optimizer(
 
     SafeGradOptimizer(the optimizer that `args` describe, KLAlignment(the Trainer's model, safety_batches))
 
-    The Trainer builds it when training starts, with its own parameter groups. When it resumes, it has
-    loaded the fine-tuned weights by then: pass `reference=Reference(resumed=True)`, and, without PEFT
-    adapters, with the `file` that the original run was given. Under FSDP2 it loads them later: pass neither.
+    The Trainer builds it when training starts. When it resumes, it has loaded the fine-tuned weights by then:
+    pass `reference=Reference(resumed=True)`, and, without PEFT adapters, with the `file` of the original run.
+    Under FSDP2 it loads them later: pass neither.
 
     Args:
         args: the Trainer's arguments; `optim`, `learning_rate` and the like make the base optimizer.
@@ -92,9 +89,9 @@ class SafeGradCallback(TrainerCallback, ExportableState):
 
     Since the last log: the means over protected steps of cosine, user_norm, alignment_norm and final_norm
     of `SurgeryStats`; conflict_rate, the share of them that conflicted; and alignment_kl, the mean over the
-    safety batches drawn (left out where `refresh_every` drew none). Over the whole run: the numbers of
-    unprotected_steps and of skipped_steps (by the fp16 loss scaler). It waits for the device at logs and
-    checkpoints only. A resumed run logs what the uninterrupted one would have, also between two logs.
+    safety batches drawn, if any. Over the whole run: the numbers of unprotected_steps and of skipped_steps
+    (by the fp16 loss scaler); all as if a resumed run had not stopped. It waits for the device at logs and
+    checkpoints only.
 
     Raises:
         UnprotectedStepError: when training starts, the Trainer's optimizer is no `SafeGradOptimizer`.
@@ -110,8 +107,7 @@ class SafeGradCallback(TrainerCallback, ExportableState):
     def add_to(self, trainer: Trainer) -> None:
         """Add the callback to a Trainer, before its reporters, which miss its metrics otherwise.
 
-        `Trainer(callbacks=[...])` puts it behind them, and so does
-        `restore_callback_states_from_checkpoint=True`, which is not needed to resume.
+        `callbacks=[...]` puts it behind them, and so does `restore_callback_states_from_checkpoint=True`.
         """
         _trainer.add_first(trainer, self)
         self._before_reporters = True
@@ -122,8 +118,7 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         if not isinstance(optimizer, SafeGradOptimizer):
             raise UnprotectedStepError(
                 f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer. "
-                "Pass optimizers=(SafeGradOptimizer(...), None), or what safegrad_optimizer() returns as "
-                "optimizer_cls_and_kwargs."
+                "Pass one in optimizers=, or optimizer_cls_and_kwargs=safegrad_optimizer(...)."
             )
         _warn_of_clipping(args)
         if args.report_to and not self._before_reporters:
@@ -202,8 +197,7 @@ def _refuse_deepspeed(args: TrainingArguments) -> None:
 def _warn_of_clipping(args: TrainingArguments) -> None:
     if args.max_grad_norm > 0:
         warnings.warn(
-            f"max_grad_norm={args.max_grad_norm} of the TrainingArguments clips the user gradient alone, "
-            "which changes its weight against the alignment gradient. Set max_grad_norm=0 there, and give "
-            "max_grad_norm to SafeGradOptimizer or safegrad_optimizer to clip the final gradient.",
+            f"max_grad_norm={args.max_grad_norm} of the TrainingArguments clips the user gradient alone. Set "
+            "max_grad_norm=0 there, and give it to SafeGradOptimizer or safegrad_optimizer instead.",
             stacklevel=1,  # One place, so that Python shows it once.
         )

@@ -14,8 +14,6 @@ step; out comes the base optimizer's step on the final gradient, or an error wit
 (tensor([0.9000, 0.7000]), 1)
 
 It knows no alignment by name: whatever gives one gradient for each trainable parameter will do.
-
-Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
 """
 
 from safegrad_optim.optimizer._checks import UnprotectedStepError

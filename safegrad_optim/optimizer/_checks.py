@@ -26,10 +26,8 @@ def check_base(base: Optimizer) -> None:
         raise TypeError(f"base_optimizer is a {name}, expected a torch.optim.Optimizer instance.")
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{name} evaluates its closure several times inside one step, past the surgery. "
-            "Use an optimizer whose step() takes no closure, such as AdamW."
-        )
+        found = f"{name} evaluates its closure several times inside one step, past the surgery"
+        raise TypeError(f"{found}. Use an optimizer whose step() takes no closure, such as AdamW.")
     check_groups(base)
 
 
@@ -58,10 +56,8 @@ def check_alignment(parameters: list[Tensor], grads: Gradients) -> None:
 def check_callable(alignment: object) -> None:
     """Check what gives the alignment gradient."""
     if alignment is not None and not callable(alignment):
-        raise TypeError(
-            f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment. "
-            "Give gradients to set_alignment_grad() instead."
-        )
+        found = f"alignment is a {type(alignment).__name__}, expected a callable such as KLAlignment"
+        raise TypeError(f"{found}. Give gradients to set_alignment_grad() instead.")
 
 
 def check_max_grad_norm(norm: float | None) -> None:

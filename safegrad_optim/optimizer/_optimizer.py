@@ -21,10 +21,9 @@ class SafeGradOptimizer(Optimizer):
 
     g = g_user + c g_align,  c = rho + max(0, -<g_user, g_align>) / ||g_align||^2
 
-    Surgery happens once per `step()`, on the `.grad` that the base optimizer is about to use, so it
-    sees the accumulated and unscaled gradient. The alignment gradient is pulled from `alignment`, or
-    pushed with `set_alignment_grad`; a pushed one goes first and serves one step. Everything else
-    (`param_groups`, `state`, `state_dict`, schedulers, hooks) behaves as the base does.
+    Surgery happens once per `step()`, on the `.grad` that the base optimizer is about to use, accumulated
+    and unscaled. The alignment gradient is pulled from `alignment`, or pushed with `set_alignment_grad`; a
+    pushed one goes first and serves one step. All else (state, schedulers, hooks) behaves as the base does.
 
     Args:
         base_optimizer: the optimizer that takes the step; it may have state already.
@@ -134,14 +133,13 @@ class SafeGradOptimizer(Optimizer):
         own = self._own
         alignment_grads = own.take(parameters)
         if alignment_grads is not None:
-            operate_(own, parameters, user_grads, alignment_grads)
+            operate_(own, parameters, alignment_grads)
         elif own.allow_unprotected:
             own.unprotected += 1
         else:
             raise _checks.UnprotectedStepError(
-                f"No alignment gradient for step {own.steps + 1}: one given to set_alignment_grad() serves "
-                "exactly one step. Call it before each step, give SafeGradOptimizer an alignment such as "
-                "KLAlignment(...), or allow_unprotected=True to take such steps unprotected."
+                f"No alignment gradient for step {own.steps + 1}: a pushed one serves exactly one step. Call "
+                "set_alignment_grad() before each, or give an alignment, or allow_unprotected=True."
             )
         own.steps += 1
         self.base_optimizer.step()

@@ -10,8 +10,7 @@ from torch import Tensor
 from safegrad_optim.optimizer._gradients import AlignmentGradients, on_devices
 from safegrad_optim.surgery import ConstantRho, SurgeryStats
 
-OWN_STATE = "safegrad"
-"""The key of `state_dict()` under which it is, and the prefix of its entries in a parameter group."""
+OWN_STATE = "safegrad"  # where it is in `state_dict()`, and the prefix of its entries in a parameter group
 T = TypeVar("T")
 
 
@@ -27,8 +26,7 @@ class Kept(Generic[T]):
 
     def __get__(self, optimizer: Any, owner: type) -> T:
         # On the class there is no keeper yet: tools that look at it get the descriptor.
-        value: Any = self if optimizer is None else getattr(getattr(optimizer, self._keeper), self._name)
-        return cast(T, value)
+        return cast(T, self if optimizer is None else getattr(getattr(optimizer, self._keeper), self._name))
 
     def __set__(self, optimizer: Any, value: T) -> None:
         self._check(value)

@@ -20,10 +20,8 @@ def trainable_parameters(base: Optimizer) -> list[Tensor]:
             if parameter.requires_grad:
                 parameters.append(parameter)
             elif parameter.grad is not None:
-                raise UnprotectedStepError(
-                    f"A frozen parameter of shape {tuple(parameter.shape)} in group {index} has a .grad, "
-                    "which the base optimizer would apply unprotected. Set its .grad to None."
-                )
+                found = f"A frozen parameter of shape {tuple(parameter.shape)} in group {index} has a .grad"
+                raise UnprotectedStepError(f"{found}, which would be applied unprotected. Set it to None.")
     return parameters
 
 
@@ -37,16 +35,17 @@ def is_state_probe(base: Optimizer, user_grads: Gradients) -> bool:
     return not (on_any_rank(found) if any(map(is_distributed_tensor, present)) else found)
 
 
-def operate_(
-    own: OwnState, parameters: list[Tensor], user_grads: Gradients, alignment_grads: Gradients
-) -> None:
+def operate_(own: OwnState, parameters: list[Tensor], alignment_grads: Gradients) -> None:
     """Make the `.grad` of the parameters the final gradient, and count the step by its kind."""
-    gradients = take_apart(user_grads, alignment_grads)
+    gradients = take_apart([parameter.grad for parameter in parameters], alignment_grads)
     final, stats = combine_pairs_(gradients, _checked_sums(own, gradients), own.rho)
     for parameter, grad in zip(parameters, final, strict=True):
         parameter.grad = grad
     if own.max_grad_norm is not None:
-        _clip_(parameters, own.max_grad_norm, stats.final_norm.to(torch.float32))
+        # As torch.nn.utils.clip_grads_with_norm_, which cannot take sharded and plain gradients together.
+        factor = torch.clamp(own.max_grad_norm / (stats.final_norm.to(torch.float32) + 1e-6), max=1.0)
+        for grad in [local(grad) for grad in final if grad is not None]:
+            grad.mul_(factor.to(grad.device))
     own.stats = stats
     own.conflicts = own.conflicts + stats.conflict.long()
     own.negligible = own.negligible + stats.negligible.long()
@@ -66,11 +65,8 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
             "user gradients (by ||g||^2)": user_sq,
             "alignment gradients (by ||g||^2)": alignment_sq,
         }
-        require_same(
-            given,
-            "Give all ranks the same options, and gradients averaged over them: DistributedDataParallel "
-            "and KLAlignment average, what you compute yourself has to be all-reduced.",
-        )
+        advice = "Give all ranks the same options, and gradients averaged over them as by DDP or KLAlignment."
+        require_same(given, advice)
         # A gradient that is zero on all ranks does not tell whether it is averaged over them.
         own.ranks_agree = not negligible
     if negligible or not all(map(math.isfinite, read)):
@@ -85,10 +81,3 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
     if not math.isfinite(inner):
         raise UnprotectedStepError(f"The inner product of user and alignment gradient overflows ({inner}).")
     return products
-
-
-def _clip_(parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    # As torch.nn.utils.clip_grads_with_norm_, which cannot take sharded and plain gradients together.
-    factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
-    for grad in [local(parameter.grad) for parameter in parameters if parameter.grad is not None]:
-        grad.mul_(factor.to(grad.device))

@@ -1,7 +1,6 @@
 """FSDP2: its private state, read and restored around an alignment pass, because its setters have no getters.
 
-What begins with an underscore is private to torch, and so is `mesh_info`. Seen in torch 2.8, the first with
-`gradient_divide_factor`, and 2.13; `tests/parallel/test_distributed.py` goes through all of it.
+Underscored names and `mesh_info` are private; seen in torch 2.8 (first with `gradient_divide_factor`), 2.13.
 """
 
 import sys
@@ -31,9 +30,7 @@ def data_parallel_places(model: nn.Module) -> set[tuple[int, int]]:
     places = set()
     for mesh in (group.mesh_info for group in _fsdp_groups(model)):
         if not hasattr(mesh, "shard_mesh_size"):
-            raise NotImplementedError(
-                "The model is replicated by torch's composable replicate(). Use DistributedDataParallel."
-            )
+            raise NotImplementedError("The model is in torch's replicate(). Use DistributedDataParallel.")
         replica, replicas = getattr(mesh, "replicate_mesh_rank", 0), getattr(mesh, "replicate_mesh_size", 1)
         size = mesh.shard_mesh_size
         places.add((replica * size + mesh.shard_mesh_rank, replicas * size))

@@ -1,15 +1,17 @@
-"""What a parallel model is to a rank: the module inside, leaves of our own, a share of the safety batch."""
+"""What a parallel model is to a rank: the module inside, its own leaves and shards, a share of a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from safegrad_optim._torch_private import parameters_of
 from safegrad_optim.parallel._fsdp import data_parallel_places, reshard
-from safegrad_optim.parallel._tensors import is_distributed_tensor, world_size
+from safegrad_optim.parallel._ranks import sum_over_ranks
+from safegrad_optim.parallel._tensors import is_distributed_tensor, local, world_size
 
 
 def inner_module(model: nn.Module) -> nn.Module:
@@ -38,9 +40,7 @@ def own_leaves(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
         for name, parameter in parameters_of(module).items()
         if parameter is not None and parameter.requires_grad and not is_distributed_tensor(parameter)
     ]
-    leaves: dict[Tensor, Tensor] = {}
-    for _, _, parameter in places:
-        leaves.setdefault(parameter, nn.Parameter(parameter.detach()))
+    leaves: dict[Tensor, Tensor] = {parameter: nn.Parameter(parameter.detach()) for _, _, parameter in places}
     try:
         for own, name, parameter in places:
             own[name] = leaves[parameter]
@@ -59,7 +59,12 @@ class Share(NamedTuple):
 
 def share_of(model: nn.Module) -> Share:
     """Return which share of the safety batch this rank computes for a model."""
-    _refuse_unsupported(model)
+    advice = "Use FSDP2: torch.distributed.fsdp.fully_shard."
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise NotImplementedError(f"The model is in FSDP1, which flattens parameters. {advice}")
+    # DeepSpeed's mark on parameters in ZeRO-3; what was tested is a stand-in.
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise NotImplementedError(f"The model is in DeepSpeed ZeRO-3, which hides its gradients. {advice}")
     if world_size() == 1:
         return Share(0, 1)
     # Unsharded parameters do not tell how they are sharded.
@@ -76,15 +81,22 @@ def share_of(model: nn.Module) -> Share:
     return Share(0, 1) if sizes else Share(dist.get_rank(), world_size())
 
 
-def _refuse_unsupported(model: nn.Module) -> None:
-    advice = "Use FSDP2: torch.distributed.fsdp.fully_shard."
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise NotImplementedError(
-            f"The model is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters. {advice}"
-        )
-    # DeepSpeed's mark on parameters in ZeRO-3; what was tested is a stand-in.
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise NotImplementedError(
-            "The model is sharded by DeepSpeed ZeRO-3, which keeps gradients where no optimizer wrapper sees "
-            f"them. {advice}"
-        )
+def sum_of_shards(parameters: Sequence[Tensor], sums: Sequence[int]) -> list[int]:
+    """Add up, modulo 2^64, the integers that each rank found in its parts of parameters, each part once."""
+    sharded = [parameter for parameter in parameters if is_distributed_tensor(parameter)]
+    if not sharded:
+        return list(sums)
+    own = [value if _is_first_copy(tensor) else 0 for tensor, value in zip(parameters, sums, strict=True)]
+    total: list[int] = sum_over_ranks(torch.tensor(own, device=local(sharded[0]).device)).tolist()
+    return total
+
+
+def _is_first_copy(tensor: Tensor) -> bool:
+    if not is_distributed_tensor(tensor):
+        return dist.get_rank() == 0
+    mesh = tensor.device_mesh
+    # A mesh of a part of the ranks has a twin for each of the others.
+    if not bool((mesh.mesh == 0).any()):
+        return False
+    places = zip(mesh.get_coordinate() or (), tensor.placements, strict=True)
+    return not any(index > 0 and placed.is_replicate() for index, placed in places)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from safegrad_optim.parallel._tensors import is_distributed_tensor, local, world_size
+from safegrad_optim.parallel._tensors import is_distributed_tensor, world_size
 
 # Elements averaged by one collective: bounds the fp32 copy of the gradient.
 _BUCKET = 1 << 26
@@ -27,27 +27,6 @@ def on_any_rank(flag: bool | Tensor) -> bool:
     return bool(flag if world_size() == 1 else sum_over_ranks(torch.as_tensor(flag, dtype=torch.float32)))
 
 
-def sum_of_shards(parameters: Sequence[Tensor], sums: Sequence[int]) -> list[int]:
-    """Add up, modulo 2^64, the integers that each rank found in its parts of parameters, each part once."""
-    sharded = [parameter for parameter in parameters if is_distributed_tensor(parameter)]
-    if not sharded:
-        return list(sums)
-    own = [value if _is_first_copy(tensor) else 0 for tensor, value in zip(parameters, sums, strict=True)]
-    total: list[int] = sum_over_ranks(torch.tensor(own, device=local(sharded[0]).device)).tolist()
-    return total
-
-
-def _is_first_copy(tensor: Tensor) -> bool:
-    if not is_distributed_tensor(tensor):
-        return dist.get_rank() == 0
-    mesh = tensor.device_mesh
-    # A mesh of a part of the ranks has a twin for each of the others.
-    if not bool((mesh.mesh == 0).any()):
-        return False
-    places = zip(mesh.get_coordinate() or (), tensor.placements, strict=True)
-    return not any(index > 0 and placed.is_replicate() for index, placed in places)
-
-
 @torch.no_grad()
 def mean_over_ranks(
     loss: Tensor, parameters: Sequence[Tensor] = (), grads: Sequence[Tensor | None] = ()
@@ -65,10 +44,8 @@ def mean_over_ranks(
     for bucket in _buckets(somewhere, parameters):
         found = [(grads[index], parameters[index]) for index in bucket]
         own = [torch.zeros_like(parameter) if grad is None else grad for grad, parameter in found]
-        flat = torch.cat(
-            [grad.reshape(-1).to(torch.promote_types(grad.dtype, torch.float32)) for grad in own]
-        )
-        parts = (sum_over_ranks(flat) / world_size()).split([grad.numel() for grad in own])
+        wide = [grad.reshape(-1).to(torch.promote_types(grad.dtype, torch.float32)) for grad in own]
+        parts = (sum_over_ranks(torch.cat(wide)) / world_size()).split([grad.numel() for grad in own])
         for index, part, grad in zip(bucket, parts, own, strict=True):
             averaged[index] = part.view(grad.shape).to(grad)
     return mean[0], averaged
@@ -93,13 +70,10 @@ def require_same(values: Mapping[str, Any], advice: str) -> None:
     """Check that all ranks were given the same: small values with a repr that tells them, by name."""
     if world_size() == 1:
         return
-    own = {name: repr(value) for name, value in values.items()}
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, own)
-    for name in own:
-        other = next((rank for rank, theirs in enumerate(found) if theirs[name] != found[0][name]), None)
-        if other is not None:
-            raise ValueError(
-                f"Ranks were given different {name}: rank 0 has {found[0][name]}, rank {other} "
-                f"{found[other][name]}. {advice}"
-            )
+    dist.all_gather_object(found, {name: repr(value) for name, value in values.items()})
+    for name, first in found[0].items():
+        for rank, value in enumerate(theirs[name] for theirs in found):
+            if value != first:
+                differing = f"rank 0 has {first}, rank {rank} {value}"
+                raise ValueError(f"Ranks were given different {name}: {differing}. {advice}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -17,13 +18,11 @@ _HEAD = "head"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(
-    named_parameters: Iterable[tuple[str, Tensor]], batches: str, precision: str
-) -> dict[str, str]:
+def fingerprint(parameters: Iterable[tuple[str, Tensor]], batches: str, precision: str) -> dict[str, str]:
     """Digest all that makes a reference what it is; any training changes "weights"."""
     architecture, weights = hashlib.sha256(), hashlib.sha256()
     tensors, sums = [], []
-    for name, tensor in named_parameters:
+    for name, tensor in parameters:
         architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         tensors.append(tensor)
         # The sum of its bit patterns modulo 2^64: exact, and the same on every device.
@@ -66,9 +65,7 @@ class ReferenceCache:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(
-        cls, path: Path, own: dict[str, str], *, check_weights: bool
-    ) -> tuple["ReferenceCache", dict[str, str]]:
+    def load(cls, path: Path, own: dict[str, str], *, check_weights: bool) -> tuple[Self, dict[str, str]]:
         """Read a cache and its fingerprint, whose weights may be others where the model was trained on."""
         from safetensors import safe_open
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,22 +16,15 @@ from safegrad_optim.reference._kind import Kind, choose_kind, head_is_frozen, he
 from safegrad_optim.reference._source import Reference, ReferenceSource
 
 
+@dataclass
 class Reading(ABC):
     """A way to P_ref on the safety batches of a source."""
 
+    source: ReferenceSource
+    kind: Kind
+    identity: dict[str, str]  # its `fingerprint`
+    autocast_dtype: torch.dtype | None
     cache: ReferenceCache | None = None
-
-    def __init__(
-        self,
-        source: ReferenceSource,
-        kind: Kind,
-        identity: dict[str, str],
-        autocast_dtype: torch.dtype | None,
-    ) -> None:
-        self.source = source
-        self.kind = kind
-        self.identity = identity
-        self.autocast_dtype = autocast_dtype
 
     @abstractmethod
     def entry(self, part: Part) -> tuple[tuple[Tensor, ...], str]:
@@ -50,8 +44,7 @@ class Reading(ABC):
         if precision != output.precision:
             raise RuntimeError(
                 f"The reference was computed with {precision}; the model now gives {output.precision}. Build "
-                "the alignment after the model is in its final precision (after accelerator.prepare), or "
-                "give it the autocast_dtype of training."
+                "the alignment after accelerator.prepare and any cast, or give it training's autocast_dtype."
             )
         return self.kind.divergence(entry, output.logits)
 
@@ -68,8 +61,8 @@ class CachedReference(Reading):
     """P_ref as it was kept."""
 
     def __init__(self, live: LiveReference, cache: ReferenceCache, identity: dict[str, str]) -> None:
-        super().__init__(live.source, live.kind, identity, live.autocast_dtype)
-        self.cache = self._kept = cache
+        super().__init__(live.source, live.kind, identity, live.autocast_dtype, cache)
+        self._kept = cache
 
     def entry(self, part: Part) -> tuple[tuple[Tensor, ...], str]:
         # A copy, also on the CPU: where memory is mapped or cut it may be aligned in another way than where

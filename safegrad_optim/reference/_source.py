@@ -28,11 +28,10 @@ class Reference:
         ref_model: a frozen aligned model instead.
         cache: what is kept of each token. "hidden", the final hidden state and a copy of the output head
             where that is trained, and "logits" are exact; "exact" is the smaller of the two. "top_k" keeps
-            `top_k` log-probabilities and the mass of all others, see `top_k_kl_divergence`. `None` keeps
-            nothing and computes P_ref anew at each call.
+            `top_k` log-probabilities, see `top_k_kl_divergence`; `None` computes P_ref anew at each call.
         top_k: number of log-probabilities that "top_k" keeps.
-        file: safetensors file to keep the cache in; read if it exists and fits, by memory map.
-        resumed: the model has been fine-tuned already, so it may differ from its reference. Without adapters
+        file: safetensors file to keep the cache in; read by memory map if it exists and fits.
+        resumed: the model has been fine-tuned already and may differ from its reference; without adapters
             this needs the `file` of the run that is resumed, or `ref_model`.
 
     Raises:
@@ -79,10 +78,7 @@ class ReferenceSource:
 
 
 class AdaptersOff(ReferenceSource):
-    """The base model under PEFT adapters: the aligned model as long as only adapters are trained.
-
-    Merged adapters, or trainable parameters outside the adapters, raise a ValueError at each use.
-    """
+    """The base model under PEFT adapters: the aligned one while only they are trained, as each use checks."""
 
     @contextmanager
     def open(self) -> Iterator[nn.Module]:
@@ -113,9 +109,8 @@ class AdaptersOff(ReferenceSource):
         trained = [name for name, tensor in self.named_parameters() if tensor.requires_grad]
         if trained:
             raise ValueError(
-                f"{len(trained)} trainable parameters are outside the adapters (first: {trained[0]}), so "
-                "switching adapters off will not give the aligned model back. Freeze them (no "
-                f"modules_to_save, bias='none'), {advice}"
+                f"{len(trained)} trainable parameters are outside the adapters (first: {trained[0]}), which "
+                f"alone are switched off. Freeze them (no modules_to_save, bias='none'), {advice}"
             )
 
 
@@ -126,9 +121,8 @@ def reference_source(model: nn.Module, ref_model: nn.Module | None = None) -> Re
         shared = [name for name, tensor in ref_model.named_parameters() if tensor in trained]
         if shared:
             raise ValueError(
-                f"The reference shares {len(shared)} trainable parameters with the model (first: "
-                f"{shared[0]}), so it would drift along. Give a copy.deepcopy of the model made before "
-                "training, or leave ref_model out to cache the model as it is now."
+                f"The reference shares {len(shared)} trainable parameters with the model, first {shared[0]}. "
+                "Give a copy.deepcopy made before training, or leave ref_model out to keep the model as is."
             )
         return ReferenceSource(ref_model, shares_head=False)
     if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):

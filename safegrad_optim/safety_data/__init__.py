@@ -1,8 +1,7 @@
 """Safety rows from text: conversations whose last reply, given or the aligned model's own, is labelled.
 
 In come requests and replies as texts, chat messages or a JSONL file; out come rows of token ids whose labels
-are -100 outside the last reply, as `KLAlignment` takes them. `read_jsonl` and `greedy_tokens`
-are parts of it that serve alone as well.
+are -100 outside the last reply. `read_jsonl` and `greedy_tokens` serve alone as well.
 
 >>> from safegrad_optim import is_refusal, with_prompt_prefixes
 >>> is_refusal("I'm sorry, but I can't help with that.")

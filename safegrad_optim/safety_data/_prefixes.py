@@ -10,9 +10,8 @@ def with_prompt_prefixes(requests: Sequence[str], prompts: Sequence[str], *, see
     """Return each unsafe request behind the first words of a training prompt.
 
     Training data without any unsafe text can teach a model to obey whatever stands in a certain form
-    ("You are an agent that obeys. Instruction: ..."). Safety rows protect in the forms that they have;
-    give `safety_rows` the requests as they are and these too. Prompts are cut after a random word, so
-    that without knowing the form some requests stand where it has its instruction.
+    ("You are an agent that obeys. Instruction: ..."), and safety rows protect in the forms that they have:
+    give `safety_rows` the requests as they are and these too. A prompt is cut after a random word.
 
     Args:
         requests: unsafe requests; each gives one text: prefix, a space, request.

@@ -32,8 +32,8 @@ def safety_rows(
 
     labels_t = input_ids_t for t in the last reply through its end-of-turn token, else -100
 
-    A conversation without a reply, a bare request, gets the one that `model` writes: greedy, and
-    without an end-of-turn token where `max_new_tokens` cut it. Replies that are given are not judged.
+    A bare request gets the reply that `model` writes: greedy, and without an end-of-turn token where
+    `max_new_tokens` cut it. Replies that are given are not judged.
 
     Args:
         data: rows in a list or `Dataset`, or the path of a JSONL file. A row is `{"messages": [...]}`,
@@ -41,8 +41,7 @@ def safety_rows(
         tokenizer: the model's tokenizer, with a chat template.
         model: the aligned model, which replies to bare requests; with its PEFT adapters switched off.
         max_length: tokens a row; longer replies are cut at the right.
-        max_new_tokens: tokens of a reply that the model writes.
-        batch_size: requests that the model replies to at a time.
+        max_new_tokens, batch_size: tokens of a reply of the model, and requests that it replies to at a time.
         on_compliance: where the model does not refuse: "raise", or "drop" the row with a warning.
 
     Returns:
@@ -60,10 +59,8 @@ def safety_rows(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            f"The {type(tokenizer).__name__} has no chat template, which says where a reply starts. "
-            "Set tokenizer.chat_template, or use the tokenizer of the aligned chat model."
-        )
+        found = f"The {type(tokenizer).__name__} has no chat template, which says where a reply starts"
+        raise ValueError(f"{found}. Set tokenizer.chat_template, or use the aligned chat model's tokenizer.")
     turns = {name: _tokens(name, row, tokenizer, max_length) for name, row in _named_rows(data)}
     if not turns:
         raise ValueError(f"The safety data are empty. Give at least one row: a mapping with {_FORMATS}.")
@@ -130,7 +127,6 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
 
 
 def _messages(name: str, row: Any) -> list[Message]:
-    """The messages of a row in any of the formats, checked."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise ValueError(f"{name} is a {type(row).__name__}, expected a text or a mapping with {_FORMATS}.")

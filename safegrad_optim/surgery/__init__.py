@@ -12,8 +12,7 @@ the final gradient and the statistics of the step. With the sums of both lists a
 ([tensor([0.5000, 3.0000])], True)
 
 Nothing here waits for a device. Sums are accumulated in fp32 or better, and every gradient is rounded once.
-Sharded gradients (DTensors) stay where they are: each rank sums over its own part, each element is counted
-once, and one all-reduce of the sums gives every rank the same decision.
+Sharded gradients (DTensors) stay where they are: one all-reduce of the sums gives all ranks one decision.
 
 Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Eq. 3-5.
 """

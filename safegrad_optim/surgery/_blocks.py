@@ -1,7 +1,6 @@
 """Gradients as 1-D blocks of bounded size in fp32 or better, so that surgery runs at the speed of memory.
 
-Large tensors are cut, so that a half-precision gradient is never there in fp32 as a whole, and small ones
-are put together, so that hundreds of adapters cost a few kernels and not thousands.
+Large ones are cut, never to be there in fp32 as a whole; small ones share kernels, as those of adapters.
 """
 
 import math
@@ -20,10 +19,8 @@ Weighted = tuple[tuple[Tensor, ...], float]
 
 
 class _Sizes(NamedTuple):
-    block: int
-    """Most elements to a block: on a CPU, two of them stay in cache between their readings."""
-    alone: int
-    """Elements from which on a tensor is not put together with others, for which it would be copied."""
+    block: int  # most elements to a block: on a CPU, two of them stay in cache between their readings
+    alone: int  # elements from which on a tensor is not copied to be put together with others
 
 
 _CPU = _Sizes(block=1 << 18, alone=1 << 13)
@@ -33,14 +30,11 @@ _WORTH_COPYING = 1 << 16
 
 
 class Block(NamedTuple):
-    """The same elements of each of the gradients that were given together."""
+    """The same elements of each of the gradients that were given together, and their weight."""
 
-    values: tuple[Tensor, ...]
-    """Of each gradient, 1-D, in fp32 or better; a view of it or a copy that lasts until the next block."""
+    values: tuple[Tensor, ...]  # 1-D, in fp32 or better: views, or copies that last until the next block
     weight: float
-    """The weight given with the gradients."""
-    parts: Sequence[tuple[Tensor, ...]]
-    """What `values` were copied from; empty where they are views."""
+    parts: Sequence[tuple[Tensor, ...]]  # what `values` were copied from; empty where they are views
 
     def write_first(self) -> None:
         """Give the values of the first gradient back to it, rounded to its dtype."""
@@ -50,11 +44,9 @@ class Block(NamedTuple):
 
 
 def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
-    """Yield blocks that together hold every element of the gradients once.
+    """Yield blocks that together hold every element of the gradients once; those of a block have one weight.
 
-    Args:
-        gradients: dense gradients of one parameter each, of equal shape, dtype and device, with a weight;
-            only gradients of one weight share a block.
+    The dense gradients of each parameter are of equal shape, dtype and device.
     """
     scratch = _Scratch(sum(tensors[0].numel() * (1 + tensors[0].is_complex()) for tensors, _ in gradients))
     waiting: dict[tuple[torch.device, torch.dtype, float], list[tuple[Tensor, ...]]] = defaultdict(list)
@@ -81,8 +73,7 @@ def blocks(gradients: Sequence[Weighted]) -> Iterator[Block]:
 def in_cache(gradients: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
     """Yield gradients on a CPU, long ones of bf16 in parts that are in its cache.
 
-    Rounding to bf16 is so many instructions that few reads are under way beside them, and a kernel waits for
-    memory. A copy does not, so that copying first, and operating on what is then in the cache, takes less.
+    A kernel that rounds to bf16 has few reads under way and waits for memory; a copy first does not.
     """
     memory: Tensor | None = None
     for tensors in gradients:
@@ -129,14 +120,10 @@ def _parts(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
 
 
 class _Scratch:
-    """Memory that all blocks of one pass share: fresh memory for each would cost more than the sums.
-
-    Args:
-        elements: most that a block may have to hold.
-    """
+    """Memory that all blocks of one pass share: fresh memory for each would cost more than the sums."""
 
     def __init__(self, elements: int) -> None:
-        self.elements = elements
+        self.elements = elements  # most that a block may have to hold
         self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._rows: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 

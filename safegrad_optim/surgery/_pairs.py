@@ -27,10 +27,8 @@ class Pairs(NamedTuple):
 def take_apart(user_grads: Gradients, alignment_grads: Gradients) -> Pairs:
     """Check that two gradient lists can be combined entry by entry, and take them apart."""
     if len(user_grads) != len(alignment_grads):
-        raise ValueError(
-            f"{len(user_grads)} user-task gradients != {len(alignment_grads)} alignment gradients. "
-            "Build both from the same optimizer.param_groups."
-        )
+        found = f"{len(user_grads)} user-task gradients != {len(alignment_grads)} alignment gradients"
+        raise ValueError(f"{found}. Build both from the same optimizer.param_groups.")
     pairs: list[tuple[Tensor | None, Tensor | None, int]] = []
     parts: list[tuple[Tensor, Held]] = []
     for index, gradients in enumerate(zip(user_grads, alignment_grads, strict=True)):
@@ -50,10 +48,8 @@ def _check(index: int, gradients: list[tuple[Tensor, Held]]) -> None:
     traits: list[dict[str, object]] = []
     for gradient, part in gradients:
         if part.is_pending:
-            raise NotImplementedError(
-                f"Gradient {index} is placed as {part.placement}: its sum over ranks is pending. "
-                "Redistribute it to the placements of its parameter."
-            )
+            found = f"Gradient {index} is placed as {part.placement}: its sum over ranks is pending"
+            raise NotImplementedError(f"{found}. Redistribute it to the placements of its parameter.")
         dtype, device = gradient.dtype, gradient.device
         if not (dtype.is_floating_point or dtype.is_complex):
             raise ValueError(f"Gradient {index} has dtype {dtype}, expected a floating-point one.")

@@ -49,10 +49,8 @@ def sums_of(gradients: Pairs) -> GradientProducts:
         share = 1 / copies if gradients.is_sharded else 1.0
         if user is not None and alignment is not None:
             if user.layout != alignment.layout:
-                raise ValueError(
-                    f"Gradient {index}: user-task layout {user.layout} != alignment layout "
-                    f"{alignment.layout}. Build both with the same model."
-                )
+                found = f"user-task layout {user.layout} != alignment layout {alignment.layout}"
+                raise ValueError(f"Gradient {index}: {found}. Build both with the same model.")
             both.append((_dense(user, alignment), share))
         elif user is not None:
             user_only.append((_dense(user), share))
@@ -83,7 +81,6 @@ def _dense(*gradients: Tensor) -> tuple[Tensor, ...]:
 
 
 def _dot(left: Tensor, right: Tensor, weight: float) -> Tensor:
-    """Inner product of two 1-D tensors, times a weight."""
     product = torch.dot(left, right)
     return product if weight == 1.0 else product.double() * weight
 
