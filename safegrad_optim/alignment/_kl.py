@@ -101,8 +101,8 @@ class KLAlignment(Alignment):
             raise ValueError(
                 f"The saved run kept to a reference with weights {state['reference']:x}, this one has "
                 f"{self._reference_number:x}: the model was fine-tuned before KLAlignment was built, or is "
-                "another. Build it from the aligned model, or give Reference(ref_model=...) or the file of "
-                "the saved run, Reference(file=..., resumed=True)."
+                "another. Build it from the aligned model before loading fine-tuned weights, or give "
+                "Reference(ref_model=...), or the file of the saved run, Reference(file=..., resumed=True)."
             )
         super().load_state_dict(state)
 

@@ -118,7 +118,7 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         if not isinstance(optimizer, SafeGradOptimizer):
             raise UnprotectedStepError(
                 f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer. "
-                "Pass one in optimizers=, or optimizer_cls_and_kwargs=safegrad_optimizer(...)."
+                "Pass optimizers=(SafeGradOptimizer(...), None), or what safegrad_optimizer() returns."
             )
         _warn_of_clipping(args)
         if args.report_to and not self._before_reporters:

@@ -65,8 +65,11 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
             "user gradients (by ||g||^2)": user_sq,
             "alignment gradients (by ||g||^2)": alignment_sq,
         }
-        advice = "Give all ranks the same options, and gradients averaged over them as by DDP or KLAlignment."
-        require_same(given, advice)
+        require_same(
+            given,
+            "Give all ranks the same options, and gradients averaged over them: DDP and KLAlignment average, "
+            "what you compute yourself has to be all-reduced.",
+        )
         # A gradient that is zero on all ranks does not tell whether it is averaged over them.
         own.ranks_agree = not negligible
     if negligible or not all(map(math.isfinite, read)):

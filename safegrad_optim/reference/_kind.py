@@ -97,5 +97,6 @@ def _require_memory(size: int) -> None:
     if on_any_rank(needed > free):
         raise MemoryError(
             f"The reference takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Give fewer "
-            "rows, Reference(cache='top_k'), or, with adapters or ref_model, Reference(cache=None)."
+            "rows; Reference(cache='top_k'), which is not exact; or, with adapters or a ref_model, "
+            "Reference(cache=None), which computes it at each call."
         )

@@ -215,7 +215,7 @@ def test_rows_without_an_end():
     """A stream without an end is refused before it has filled the memory."""
     rows = models.safety_rows()
 
-    class Endless(IterableDataset):
+    class Endless(IterableDataset[dict[str, list[int]]]):
         def __iter__(self):
             yield from itertools.islice(itertools.cycle(rows), 500_000)
             raise AssertionError("500,000 rows were read")
