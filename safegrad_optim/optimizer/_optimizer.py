@@ -180,8 +180,9 @@ class SafeGradOptimizer(Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state_dict, own = split(state_dict)
-        self._own.pulled = None
-        if own is not None:
+        if own is None:
+            self._own.pulled = None
+        else:
             self._own.load_state_dict(own, trainable_parameters(self.base_optimizer))
         self.base_optimizer.load_state_dict(state_dict)
         for post_hook in hooks_of(self, "load_state_dict_post"):

@@ -62,13 +62,13 @@ class CachedReference(Reading):
 
     def __init__(self, live: LiveReference, cache: ReferenceCache, identity: dict[str, str]) -> None:
         super().__init__(live.source, live.kind, identity, live.autocast_dtype, cache)
-        self._kept = cache
 
     def entry(self, part: Part) -> tuple[tuple[Tensor, ...], str]:
+        assert self.cache is not None
         # A copy, also on the CPU: where memory is mapped or cut it may be aligned in another way than where
         # it was computed, and kernels may then add in another order.
-        entry = tuple(tensor[part.tokens].clone() for tensor in self._kept.entries[part.batch])
-        return entry, self._kept.precision
+        entry = tuple(tensor[part.tokens].clone() for tensor in self.cache.entries[part.batch])
+        return entry, self.cache.precision
 
 
 def read_reference(

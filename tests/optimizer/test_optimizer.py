@@ -498,3 +498,17 @@ def test_a_state_of_before_rho_was_saved_leaves_rho():
     _, resumed = make(Pulls(), rho=3.0)
     resumed.load_state_dict(state)
     assert resumed.rho == 3.0
+
+
+def test_a_refused_state_leaves_the_gradient_that_still_serves_steps():
+    pulls = Pulls()
+    parameters, optimizer = make(pulls, refresh_every=100)
+    set_grads(parameters, 0)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["safegrad"]["pulled"].pop()
+    with pytest.raises(ValueError, match="of 2 parameters, this optimizer has 3"):
+        optimizer.load_state_dict(state)
+    set_grads(parameters, 1)
+    optimizer.step()
+    assert pulls.calls == 1
