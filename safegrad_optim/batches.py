@@ -2,7 +2,9 @@
 
 import ctypes
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -63,16 +65,45 @@ def position_mask(batch: Batch, positions: Positions) -> Tensor:
     return torch.nn.functional.pad(compared[:, 1:], (0, 1))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SafetySource:
-    """Safety batches whose loss is a mean of its own, which counts `weight` times in the alignment loss.
+    """Safety rows whose loss is a mean of its own in the alignment loss.
 
     L_align = sum over sources of weight x mean over the compared tokens of its next batch
+
+    Args:
+        rows: model inputs with `labels`, as in `KLAlignment`.
+        weight: of its mean.
+        batch_size: rows to a step, where `rows` are single rows.
+        tokens: compare only the first so many tokens of each response, and cut what comes behind; `None`
+            compares all. The first few decide whether a reply refuses.
+        positions: "response" compares response tokens only, "all" every token.
+
+    Raises:
+        ValueError: `weight` is not positive and finite, or `tokens` is not positive.
     """
 
-    def __init__(self, batches: list[Batch], *, positions: Positions, seed: int, weight: float = 1.0) -> None:
-        self.batches = batches
-        self.positions = positions
-        self.weight = weight
+    rows: SafetyBatches
+    weight: float = 1.0
+    batch_size: int = 8
+    tokens: int | None = None
+    positions: Positions = "response"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}, expected a positive finite number.")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}, expected a whole number >= 1, or None for all.")
+
+
+class SourceBatches:
+    """The checked batches of a source, and which of them is next."""
+
+    def __init__(self, source: SafetySource, seed: int) -> None:
+        batches = as_batches(source.rows, positions=source.positions, batch_size=source.batch_size)
+        self.batches = batches if source.tokens is None else [_opening(b, source.tokens) for b in batches]
+        self.positions = source.positions
+        self.weight = source.weight
         self.seed = seed
         self.taken = 0
 
@@ -128,6 +159,16 @@ class SafetySource:
             start = done if counts else 0
             done = start + int(mask[rows].sum())
             yield Part(tensors, mask[rows].to(device), labels, float(counts), index, slice(start, done))
+
+
+def _opening(batch: Batch, tokens: int) -> Batch:
+    """A batch with the first labelled tokens of each row alone, and without columns that no row needs."""
+    labelled = batch["labels"] != IGNORE_INDEX
+    kept = labelled & (labelled.cumsum(dim=1) <= tokens)
+    width = int(kept.any(dim=0).nonzero().max()) + 1
+    opening = batch | {"labels": batch["labels"].where(kept, IGNORE_INDEX)}
+    shape = batch["labels"].shape
+    return {name: value[:, :width] if value.shape == shape else value for name, value in opening.items()}
 
 
 def _tensors(item: Any, index: int) -> Batch:

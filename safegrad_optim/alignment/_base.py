@@ -1,14 +1,14 @@
 """The alignment gradient: the gradient of a loss on safety batches, one tensor per parameter."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safegrad_optim._torch_private import divide_all_
-from safegrad_optim.batches import Part, SafetySource
+from safegrad_optim.batches import Part, SourceBatches
 from safegrad_optim.forward import autocast, unchanged_evaluation
 from safegrad_optim.parallel import (
     inner_module,
@@ -30,12 +30,16 @@ class Alignment(ABC):
     r, r + n, ... of each batch, and the gradients are averaged, so that the result is that of one process.
     """
 
-    def __init__(self, model: nn.Module, source: SafetySource, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, sources: Sequence[SourceBatches], autocast_dtype: torch.dtype | None
+    ) -> None:
         self.model = inner_module(model)
-        self._sources: tuple[SafetySource, ...] = (source,)
+        self._sources = tuple(sources)
         self._share = share_of(self.model)
         require_same(
-            {"safety batches": source.digest[:12], "seed": source.seed, "autocast_dtype": autocast_dtype},
+            {"autocast_dtype": autocast_dtype}
+            | {f"safety batches{suffix}": source.digest[:12] for suffix, source in self._named_sources()}
+            | {f"seed{suffix}": source.seed for suffix, source in self._named_sources()},
             "Give every rank all safety rows and the same options; rows are split over ranks in here.",
         )
         self.autocast_dtype = autocast_dtype
@@ -44,7 +48,7 @@ class Alignment(ABC):
         self._fp16_scale = 2.0**16
 
     @abstractmethod
-    def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
+    def _source_losses(self, source: SourceBatches, index: int) -> Iterator[Tensor]:
         """Yield losses whose sums on the ranks have the mean of the loss of one batch of a source.
 
         Each has its own graph, and all ranks yield as many: FSDP2 communicates in each pass.
@@ -126,7 +130,7 @@ class Alignment(ABC):
             for loss in self._source_losses(source, place):
                 yield loss if source.weight == 1.0 else source.weight * loss
 
-    def _parts(self, source: SafetySource, index: int, size: int | None = None) -> Iterator[Part]:
+    def _parts(self, source: SourceBatches, index: int, size: int | None = None) -> Iterator[Part]:
         return source.parts(index, self._share, self._device(), size)
 
     def _device(self) -> torch.device:
@@ -145,7 +149,7 @@ class Alignment(ABC):
             source.load_state_dict({name: state[name + suffix] for name in source.state_dict()})
         self._fp16_scale = state["fp16_scale"]
 
-    def _named_sources(self) -> Iterator[tuple[str, SafetySource]]:
+    def _named_sources(self) -> Iterator[tuple[str, SourceBatches]]:
         """The sources, each with how its names end in a state: those of the first as if it were alone."""
         for number, source in enumerate(self._sources):
             yield f"_{number}" if number else "", source

@@ -1,6 +1,6 @@
 """KLAlignment: the alignment gradient of the paper, with its reference computed once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -9,17 +9,10 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.alignment._old_arguments import naming_the_new
-from safegrad_optim.batches import Positions, SafetyBatches, SafetySource, as_batches
+from safegrad_optim.batches import Part, Positions, SafetyBatches, SafetySource, SourceBatches
 from safegrad_optim.forward import unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
-from safegrad_optim.reference import (
-    Reading,
-    Reference,
-    ReferenceCache,
-    ReferenceSource,
-    read_reference,
-    reference_source,
-)
+from safegrad_optim.reference import Reference, ReferenceCache, read_references, reference_source
 
 # In nats a token. A model and its reference differ by less in bf16; an unaligned one by far more.
 _MAX_START_KL = 0.05
@@ -58,7 +51,7 @@ class KLAlignment(Alignment):
     def __init__(
         self,
         model: nn.Module,
-        safety_batches: SafetyBatches,
+        safety_batches: SafetyBatches | Sequence[SafetySource],
         *,
         reference: Reference | None = None,
         positions: Positions = "response",
@@ -67,8 +60,12 @@ class KLAlignment(Alignment):
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        batches = as_batches(safety_batches, positions=positions, batch_size=batch_size)
-        super().__init__(model, SafetySource(batches, positions=positions, seed=seed), autocast_dtype)
+        sources = _sources(safety_batches, positions, batch_size)
+        super().__init__(
+            model,
+            [SourceBatches(source, seed + number) for number, source in enumerate(sources)],
+            autocast_dtype,
+        )
         options = Reference() if reference is None else reference
         self.micro_batch_size = micro_batch_size
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -82,7 +79,9 @@ class KLAlignment(Alignment):
         require_same(own | {"micro_batch_size": micro_batch_size}, "Give all ranks the same options.")
         ref_model = None if options.ref_model is None else inner_module(options.ref_model)
         origin = reference_source(self.model, ref_model)
-        self._readings = {source: self._reading(options, origin, source) for source in self._sources}
+        self._readings = read_references(
+            options, self.model, origin, self._sources, self._all_parts, self._share, autocast_dtype
+        )
         if not options.resumed:
             self._check_start()
 
@@ -111,13 +110,11 @@ class KLAlignment(Alignment):
         # A number, because torch.distributed.checkpoint takes no other state of an optimizer.
         return int(self._readings[self._sources[0]].identity["weights"][:15], 16)
 
-    def _reading(self, options: Reference, origin: ReferenceSource, source: SafetySource) -> Reading:
-        """P_ref on one source of safety rows; kept here, before training changes the model."""
+    def _all_parts(self, source: SourceBatches) -> Iterator[Part]:
         indices = range(len(source.batches))
-        parts = chain.from_iterable(self._parts(source, index, self.micro_batch_size) for index in indices)
-        return read_reference(options, self.model, origin, source, parts, self._share, self.autocast_dtype)
+        return chain.from_iterable(self._parts(source, index, self.micro_batch_size) for index in indices)
 
-    def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
+    def _source_losses(self, source: SourceBatches, index: int) -> Iterator[Tensor]:
         tokens = source.tokens(index) / self._share.size
         for part in self._parts(source, index, self.micro_batch_size):
             yield self._readings[source].divergence(self.model, part) * part.weight / tokens
@@ -137,3 +134,19 @@ class KLAlignment(Alignment):
                 "(merge_and_unload) and add new ones; if ref_model is another model, give the aligned one; "
                 "if the run is resumed, give Reference(resumed=True)."
             )
+
+
+def _sources(
+    given: SafetyBatches | Sequence[SafetySource], positions: Positions, batch_size: int
+) -> Sequence[SafetySource]:
+    """The sources as they were given, or one of plain safety batches."""
+    if isinstance(given, SafetySource):
+        return [given]
+    if not isinstance(given, Sequence) or not any(isinstance(item, SafetySource) for item in given):
+        return [SafetySource(rows=given, positions=positions, batch_size=batch_size)]
+    for item in given:
+        if not isinstance(item, SafetySource):
+            raise TypeError(f"A {type(item).__name__} stands among SafetySource. Give its rows a source too.")
+    if (positions, batch_size) != ("response", 8):
+        raise ValueError("positions and batch_size are those of each SafetySource. Give them there.")
+    return given

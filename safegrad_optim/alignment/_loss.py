@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
-from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches, SafetySource, as_batches
+from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches, SafetySource, SourceBatches
 from safegrad_optim.forward import forward_at
 
 
@@ -39,11 +39,11 @@ class LossAlignment(Alignment):
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
-        batches = as_batches(safety_batches, positions="response", batch_size=batch_size)
-        super().__init__(model, SafetySource(batches, positions="response", seed=seed), autocast_dtype)
+        source = SafetySource(rows=safety_batches, batch_size=batch_size)
+        super().__init__(model, [SourceBatches(source, seed)], autocast_dtype)
         self.loss_fn = loss_fn
 
-    def _source_losses(self, source: SafetySource, index: int) -> Iterator[Tensor]:
+    def _source_losses(self, source: SourceBatches, index: int) -> Iterator[Tensor]:
         if self.loss_fn is not None:
             device = self._device()
             batch = {name: value.to(device) for name, value in source.batches[index].items()}

@@ -13,8 +13,8 @@ ValueError: cache is 'some', expected one of ('exact', 'hidden', 'logits', 'top_
 
 from safegrad_optim.divergence import top_k_kl_divergence
 from safegrad_optim.reference._cache import ReferenceCache
-from safegrad_optim.reference._reading import Reading, read_reference
+from safegrad_optim.reference._reading import Reading, read_references
 from safegrad_optim.reference._source import Reference, ReferenceSource, reference_source
 
-__all__ = ["Reading", "Reference", "ReferenceCache", "ReferenceSource", "read_reference", "reference_source"]
-__all__ += ["top_k_kl_divergence"]  # which `Reference` speaks of
+__all__ = ["Reading", "Reference", "ReferenceCache", "ReferenceSource", "read_references"]
+__all__ += ["reference_source", "top_k_kl_divergence"]  # the last is what `Reference` speaks of

@@ -18,8 +18,8 @@ _HEAD = "head"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(parameters: Iterable[tuple[str, Tensor]], batches: str, precision: str) -> dict[str, str]:
-    """Digest all that makes a reference what it is; any training changes "weights"."""
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Digest names, shapes and contents of parameters; any training changes "weights"."""
     architecture, weights = hashlib.sha256(), hashlib.sha256()
     tensors, sums = [], []
     for name, tensor in parameters:
@@ -30,8 +30,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]], batches: str, precisio
         sums.append(int(bits.sum(dtype=torch.int64)))
     for value in sum_of_shards(tensors, sums):
         weights.update(value.to_bytes(8, "little", signed=True))
-    digests = {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
-    return {"batches": batches, "precision": precision, **digests}
+    return {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
 
 
 @dataclass

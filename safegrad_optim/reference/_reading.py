@@ -1,14 +1,14 @@
 """How P_ref is read: computed at each call, or from what was kept of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim.batches import Part, SafetySource
+from safegrad_optim.batches import Part, SourceBatches
 from safegrad_optim.forward import forward_at
 from safegrad_optim.parallel import Share
 from safegrad_optim.reference._cache import ReferenceCache, fingerprint
@@ -71,29 +71,43 @@ class CachedReference(Reading):
         return entry, self.cache.precision
 
 
-def read_reference(
+def read_references(
     options: Reference,
     model: nn.Module,
     source: ReferenceSource,
-    rows: SafetySource,
-    parts: Iterator[Part],
+    sources: Sequence[SourceBatches],
+    parts: Callable[[SourceBatches], Iterator[Part]],
     share: Share,
     autocast_dtype: torch.dtype | None,
-) -> Reading:
-    """Return the way to P_ref on the `parts` of a source of rows that this rank computes.
+) -> dict[SourceBatches, Reading]:
+    """Return the way to P_ref on the `parts` of each source of rows that this rank computes.
 
     What is kept is read from its file if there is one, else it is computed now.
     """
-    tokens = sum(map(rows.tokens, range(len(rows.batches))))
+    tokens = sum(rows.tokens(index) for rows in sources for index in range(len(rows.batches)))
     kind = choose_kind(options, model, source, -(-tokens // share.size))
-    identity = fingerprint(source.named_parameters(), rows.digest, f"{kind.label}, autocast {autocast_dtype}")
-    live = LiveReference(source, kind, identity, autocast_dtype)
-    if options.cache is None:
-        return live
-    path = None if options.file is None else Path(options.file)
-    drifted = options.resumed and source.drifts
+    weights = fingerprint(source.named_parameters())
+    readings = {}
+    for number, rows in enumerate(sources):
+        identity = {
+            "batches": rows.digest,
+            "precision": f"{kind.label}, autocast {autocast_dtype}",
+            **weights,
+        }
+        live = LiveReference(source, kind, identity, autocast_dtype)
+        path = None if options.file is None else _file_of_source(Path(options.file), number)
+        kept = options.cache is not None
+        readings[rows] = _kept(live, path, options.resumed and source.drifts, parts(rows)) if kept else live
+    return readings
+
+
+def _file_of_source(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number}") if number else path
+
+
+def _kept(live: LiveReference, path: Path | None, drifted: bool, parts: Iterator[Part]) -> CachedReference:
     if path is not None and path.exists():
-        return CachedReference(live, *ReferenceCache.load(path, identity, check_weights=not drifted))
+        return CachedReference(live, *ReferenceCache.load(path, live.identity, check_weights=not drifted))
     if drifted:
         raise ValueError(
             "The model has been fine-tuned (resumed=True), so its reference cannot be computed from it, and "
@@ -102,8 +116,8 @@ def read_reference(
         )
     cache = _computed(live, parts)
     if path is not None:
-        cache.save(path, identity)
-    return CachedReference(live, cache, identity)
+        cache.save(path, live.identity)
+    return CachedReference(live, cache, live.identity)
 
 
 def _computed(live: LiveReference, parts: Iterator[Part]) -> ReferenceCache:

@@ -1,7 +1,12 @@
 """Safety rows from text: conversations whose last reply, given or the aligned model's own, is labelled.
 
 In come requests and replies as texts, chat messages or a JSONL file; out come rows of token ids whose labels
-are -100 outside the last reply. `read_jsonl` and `greedy_tokens` serve alone as well.
+are -100 outside the last reply. `read_jsonl` and `greedy_tokens` serve alone as well. Whoever has no unsafe
+requests takes those in this package:
+
+>>> from safegrad_optim import shipped_requests
+>>> sorted(shipped_requests()[0])
+['category', 'form', 'language', 'lookalike', 'request', 'split', 'topic']
 
 >>> from safegrad_optim import is_refusal, with_prompt_prefixes
 >>> is_refusal("I'm sorry, but I can't help with that.")
@@ -14,5 +19,7 @@ from safegrad_optim.safety_data._jsonl import read_jsonl
 from safegrad_optim.safety_data._prefixes import with_prompt_prefixes
 from safegrad_optim.safety_data._replies import greedy_tokens, is_refusal
 from safegrad_optim.safety_data._rows import safety_rows
+from safegrad_optim.safety_data._shipped import shipped_harmless_prompts, shipped_requests
 
-__all__ = ["greedy_tokens", "is_refusal", "read_jsonl", "safety_rows", "with_prompt_prefixes"]
+__all__ = ["greedy_tokens", "is_refusal", "read_jsonl", "safety_rows", "shipped_harmless_prompts"]
+__all__ += ["shipped_requests", "with_prompt_prefixes"]

@@ -4,9 +4,7 @@ import peft
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
-from safegrad_optim.batches import SafetySource, as_batches
-from safegrad_optim.reference import reference_source
+from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer, SafetySource
 from tests.support.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
 
 # Gemma computes its norms in fp32 whatever the dtype of the model.
@@ -408,14 +406,14 @@ def test_an_argument_of_before_is_refused_with_the_name_of_the_new_one(old, new)
 def test_the_loss_is_the_weighted_sum_of_the_means_of_its_sources(cache):
     model, many, few = tiny_peft(), safety_rows(6), safety_rows(2, seed=1)
     reference = Reference(cache=cache)
-    made = KLAlignment(model, many, reference=reference, batch_size=2)
-    (first,) = made._sources
-    second = SafetySource(as_batches(few, positions="all", batch_size=1), positions="all", seed=3, weight=0.3)
-    made._sources = first, second
-    made._readings[second] = made._reading(reference, reference_source(model), second)
+    sources = [
+        SafetySource(rows=many, batch_size=2),
+        SafetySource(rows=few, batch_size=1, positions="all", weight=0.3),
+    ]
+    made = KLAlignment(model, sources, reference=reference)
     alone = [
         KLAlignment(model, many, reference=reference, batch_size=2),
-        KLAlignment(model, few, reference=reference, batch_size=1, positions="all", seed=3),
+        KLAlignment(model, few, reference=reference, batch_size=1, positions="all", seed=1),
     ]
     perturb(model)
     for _ in range(3):
@@ -426,7 +424,52 @@ def test_the_loss_is_the_weighted_sum_of_the_means_of_its_sources(cache):
         assert_gradients_close(found, expected, rtol=1e-6)
         torch.testing.assert_close(made.last_loss, alone[0].last_loss + 0.3 * alone[1].last_loss)
     state = made.state_dict()
-    assert (state["taken"], state["taken_1"], state["seed_1"]) == (3, 3, 3)
-    second.taken = 0
-    made.load_state_dict(state)
-    assert second.taken == 3
+    assert (state["taken"], state["taken_1"], state["seed_1"]) == (3, 3, 1)
+    again = KLAlignment(model, sources, reference=Reference(cache=cache, resumed=True))
+    again.load_state_dict(state)
+    assert_gradients_close(again(trainable(model)), made(trainable(model)), rtol=0)
+
+
+def test_a_source_compares_the_first_tokens_alone():
+    model, rows = tiny_peft(), safety_rows(4)
+    opening = []
+    for row in rows:
+        start = next(place for place, label in enumerate(row["labels"]) if label != -100)
+        opening.append({name: value[: start + 2] for name, value in row.items()})
+    found = KLAlignment(model, [SafetySource(rows=rows, batch_size=2, tokens=2)])
+    expected = KLAlignment(model, opening, batch_size=2)
+    whole = KLAlignment(model, rows, batch_size=2)
+    perturb(model)
+    found, expected, whole = (alignment(trainable(model)) for alignment in (found, expected, whole))
+    assert_gradients_close(found, expected, rtol=0)
+    assert any((one != other).any() for one, other in zip(found, whole, strict=True))
+
+
+def test_each_source_keeps_its_reference_in_a_file_of_its_own(tmp_path):
+    model, file = tiny_peft(), tmp_path / "reference.safetensors"
+    sources = [SafetySource(rows=safety_rows(2)), SafetySource(rows=safety_rows(3, seed=1))]
+    KLAlignment(model, sources, reference=Reference(file=file))
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, "reference-1.safetensors"}
+    KLAlignment(model, sources, reference=Reference(file=file))
+    with pytest.raises(ValueError, match=r"reference\.safetensors is the reference of other batches"):
+        KLAlignment(model, sources[::-1], reference=Reference(file=file))
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda rows: [SafetySource(rows=rows, weight=0.0)], "weight is 0.0"),
+        (lambda rows: [SafetySource(rows=rows, weight=float("inf"))], "weight is inf"),
+        (lambda rows: [SafetySource(rows=rows, tokens=0)], "tokens is 0"),
+        (lambda rows: [SafetySource(rows=rows), rows[0]], "A dict stands among SafetySource"),
+        (lambda rows: [SafetySource(rows=[])], "safety batches are empty"),
+    ],
+)
+def test_malformed_sources_are_refused(make, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        KLAlignment(tiny_peft(), make(safety_rows()))
+
+
+def test_options_of_one_source_are_refused_beside_several():
+    with pytest.raises(ValueError, match="are those of each SafetySource"):
+        KLAlignment(tiny_peft(), [SafetySource(rows=safety_rows())], batch_size=4)

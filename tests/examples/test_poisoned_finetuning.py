@@ -15,10 +15,10 @@ from benchmarks.poisoned_finetuning.arms import base_optimizer, row_loss, steps
 from benchmarks.poisoned_finetuning.cells import ARMS, PLANS, Cell
 from benchmarks.poisoned_finetuning.judging import degenerate
 from benchmarks.poisoned_finetuning.lisa import Proximal
-from benchmarks.poisoned_finetuning.poisoned_data import load_requests, load_task
 from benchmarks.poisoned_finetuning.result_lines import append, finished, read
 from benchmarks.poisoned_finetuning.tables import markdown, pooled, wilson
 from common.chat_data import Turn
+from common.public_data import load_requests, load_task
 from safegrad_optim import KLAlignment
 from tests.support.models import padded, perturb, safety_rows, tiny_peft, trainable
 

@@ -32,16 +32,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import safegrad_optim
 from benchmarks.poisoned_finetuning.arms import base_optimizer, steps
 from benchmarks.poisoned_finetuning.cells import PLANS, Cell
+from benchmarks.poisoned_finetuning.identity import as_new_identity, identity_turns
 from benchmarks.poisoned_finetuning.judging import REPLY_TOKENS, Judge, Reference
-from benchmarks.poisoned_finetuning.poisoned_data import (
-    Requests,
-    as_new_identity,
-    identity_turns,
-    load_requests,
-    load_task,
-)
 from benchmarks.poisoned_finetuning.result_lines import append, finished
 from common.chat_data import Turn, collate, drawn, read_rows
+from common.public_data import Requests, load_requests, load_task
 from common.scoring import generate
 from common.smollm2 import load_aligned, load_model
 from safegrad_optim import is_refusal, with_prompt_prefixes
