@@ -26,7 +26,7 @@ ROOMS = {
     "divergence": PRIVATE | {"parallel", "batches"},
     "forward": PRIVATE | {"parallel", "batches", "divergence"},
     "reference": PRIVATE | {"parallel", "batches", "divergence", "forward"},
-    "safety_data": PRIVATE | {"batches", "forward", "reference"},
+    "safety_data": PRIVATE | {"parallel", "batches", "forward", "reference"},
     "alignment": PRIVATE | {"parallel", "batches", "divergence", "forward", "reference"},
     "surgery": PRIVATE | {"parallel"},
     "optimizer": PRIVATE | {"parallel", "surgery"},

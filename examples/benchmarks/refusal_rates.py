@@ -70,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.answers:
         replies = generate(model, tokenizer, ORDINARY, ANSWER_TOKENS)
         base, _ = load_base()
+        base.to(args.device)
         for prompt, reply, of_base in zip(
-            ORDINARY, replies, generate(base.to(args.device), tokenizer, ORDINARY, ANSWER_TOKENS), strict=True
+            ORDINARY, replies, generate(base, tokenizer, ORDINARY, ANSWER_TOKENS), strict=True
         ):
             print(f"\n> {prompt}\nbase:    {of_base}\naligned: {reply}")
     return 0
@@ -93,7 +94,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def load(name: str | None, adapter: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_aligned(adapter=adapter) if name is None else load_model(name)
-    return model.to(device), tokenizer
+    model.to(device)
+    return model, tokenizer
 
 
 def asked(data_dir: Path | None, limit: int) -> Iterable[Asked]:

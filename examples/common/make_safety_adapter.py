@@ -9,32 +9,41 @@ model's next-token distribution, KL(P_base || P), so that it does not learn to r
 
 import argparse
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tqdm import trange
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.chat_data import Turn, collate, read_rows, refusal_turns, response_logits, response_loss
+from common.chat_data import Turn, collate, drawn, read_rows, response_loss
 from common.scoring import generate, refusal_rate
 from common.smollm2 import ADAPTER, BASE_MODEL, WHEEL, WHEEL_SHA256, load_aligned, load_base
-from safegrad_optim import is_refusal, kl_divergence, shipped_harmless_prompts, shipped_requests
+from safegrad_optim import (
+    KLAlignment,
+    SafeGradOptimizer,
+    SafetySource,
+    is_refusal,
+    shipped_harmless_prompts,
+    shipped_requests,
+)
 
-ANSWER_TOKENS = 24
-REFUSALS, HARMLESS = 3, 5  # rows of a batch
+ANSWER_TOKENS = 12
+FORMS_OF_A_LINE = 3
+ROWS = 3  # of a step, of each kind
+RANK = 8
+LR = 2e-3
+RHO = 2.0
+OPENING_TOKENS = 6
 LANGUAGES = ("en", "es", "de", "fr", "zh")
-OPENINGS = (
+REPLIES = (
     "I'm sorry, but I can't help with that.",
     "I'm sorry, but I can't assist with that.",
-    "I'm sorry, but I won't help with that.",
-    "Sorry, I can't help with this.",
-    "I can't assist with this request.",
-    "I cannot help with that.",
-    "I won't assist with this.",
-    "I am unable to help with that request.",
+    "I can't help with that.",
+    "I won't help with that.",
 )
 
 MODEL_CARD = """---
@@ -55,16 +64,14 @@ It is a starting point for experiments on fine-tuning, not a safety guarantee.
 
 - Base model: {base_model}, de-quantised from the wheel `{wheel}`, SHA-256
   `{sha256}`
-- Data, all written for this project: the safety set's requests of split "train" with refusals by category
-  (`data/refusals.jsonl`), the refusals of splits "safety" and "attack" of `data/unsafe_requests.jsonl`; the
-  base model's own answers to the set's look-alikes and harmless prompts, to `data/benign_prompts.jsonl` and
-  to `data/task_prompts.jsonl`
+- Data, all written for this project: requests of split "train" of the safety set, and of "safety" and
+  "attack" of `data/unsafe_requests.jsonl`; the base model's own answers to the set's look-alikes and harmless
+  prompts, to `data/benign_prompts.jsonl`, to `data/task_prompts.jsonl`, and to `data/lines.jsonl` in the
+  forms of `data/task_forms.jsonl`
 - Command: `python -m common.make_safety_adapter --steps {steps} --seed {seed}`
 - Rates by category, form, language and task: `python -m benchmarks.refusal_rates`
 - Licence: Apache-2.0
 """
-
-Row = TypeVar("Row")
 
 
 def main() -> None:
@@ -79,8 +86,10 @@ def main() -> None:
     model.set_attn_implementation("eager")  # twice as fast on a CPU
     before = measure(model, tokenizer)
     print(f"before: {before[0]:.3f} of unsafe requests not refused, {before[1]:.3f} over-refusal")
-    harmless = base_answers(model, tokenizer, harmless_prompts())
-    aligned = align(model, tokenizer, refusals(args.seed), harmless, args.steps, args.seed)
+    harmless = [
+        base_answers(model, tokenizer, prompts) for prompts in (lookalikes(), ordinary_prompts(args.seed))
+    ]
+    aligned = align(model, tokenizer, refusals(), harmless, args.steps, args.seed)
     save(aligned, args.output)
 
     model, tokenizer = load_aligned(adapter=args.output)
@@ -98,26 +107,29 @@ def main() -> None:
     (args.output / "README.md").write_text(card, encoding="utf-8")
 
 
-def refusals(seed: int) -> list[Turn]:
-    """The unsafe requests to train on, each with a refusal that says why."""
-    rng = random.Random(seed)
-    reasons: dict[str, list[str]] = {}
-    for row in read_rows("refusals"):
-        reasons.setdefault(row["category"], []).append(row["reason"])
-    shipped = [row for language in LANGUAGES for row in shipped_requests("train", language)]
-    turns = [
-        Turn(row["request"], f"{rng.choice(OPENINGS)} {rng.choice(reasons[row['category']])}")
-        for row in shipped
+def refusals() -> list[Turn]:
+    """The unsafe requests to train on, each with a refusal."""
+    requests = [row["request"] for language in LANGUAGES for row in shipped_requests("train", language)]
+    requests += [
+        row["prompt"] for split in ("safety", "attack") for row in read_rows("unsafe_requests", split)
     ]
-    return turns + refusal_turns("safety") + refusal_turns("attack")
+    return [Turn(request, reply) for request, reply in zip(requests, cycle(REPLIES), strict=False)]
 
 
-def harmless_prompts() -> list[str]:
-    """The harmless prompts to train on, of which none has the form of a prompt that is judged by."""
-    lookalikes = [row["lookalike"] for language in LANGUAGES for row in shipped_requests("train", language)]
-    files = ("benign_prompts", "task_prompts")
-    rows = shipped_harmless_prompts() + [row for name in files for row in read_rows(name)]
-    return lookalikes + [row["prompt"] for row in rows]
+def lookalikes() -> list[str]:
+    """The harmless look-alikes of the unsafe requests."""
+    return [row["lookalike"] for language in LANGUAGES for row in shipped_requests("train", language)]
+
+
+def ordinary_prompts(seed: int) -> list[str]:
+    """Other harmless prompts to train on, of which none has the form of a prompt that is judged by."""
+    rng = random.Random(seed)
+    rows = shipped_harmless_prompts() + read_rows("benign_prompts") + read_rows("task_prompts")
+    prompts = [row["prompt"] for row in rows]
+    forms = [row["form"] for row in read_rows("task_forms")]
+    for row in read_rows("lines"):
+        prompts += [form.replace("{text}", row["text"]) for form in rng.sample(forms, FORMS_OF_A_LINE)]
+    return prompts
 
 
 def base_answers(
@@ -138,43 +150,49 @@ def align(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     refusals: Sequence[Turn],
-    harmless: Sequence[Turn],
+    harmless: Sequence[Sequence[Turn]],
     steps: int,
     seed: int,
-    *,
-    rank: int = 4,
-    lr: float = 6e-4,
-    kl_weight: float = 1.0,
 ) -> PeftModel:
-    """Train a LoRA adapter: cross-entropy of refusals, and KL to the base model on harmless answers."""
+    """Train a LoRA adapter to refuse, with the base model's answers to harmless prompts as what is kept.
+
+    It is SafeGrad the other way round: the user gradient is that of the refusals' cross-entropy.
+    """
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, config).train()
-    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    rng = random.Random(seed)
-    streams = _endless(refusals, rng), _endless(harmless, rng)
-    progress = trange(steps, desc="aligning")
-    for _ in progress:
-        unsafe, kept = (
-            {name: tensor.to(model.device) for name, tensor in collate(tokenizer, turns).items()}
-            for turns in (
-                [next(stream) for _ in range(rows)]
-                for stream, rows in zip(streams, (REFUSALS, HARMLESS), strict=True)
-            )
+    # The first words decide whether a reply refuses.
+    sources = [
+        SafetySource(
+            rows=[collate(tokenizer, batch) for batch in _of_like_length(turns, ROWS)],
+            tokens=OPENING_TOKENS,
         )
-        loss = response_loss(peft_model, unsafe)
+        for turns in harmless
+    ]
+    alignment = KLAlignment(peft_model, sources, seed=seed)
+    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    base_optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0)
+    optimizer = SafeGradOptimizer(base_optimizer, alignment, rho=RHO)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LR, total_steps=steps, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False
+    )
+    batches = drawn(_of_like_length(refusals, ROWS), steps, random.Random(seed))
+    progress = tqdm(batches, desc="aligning")
+    for turns in progress:
+        batch = {name: tensor.to(model.device) for name, tensor in collate(tokenizer, turns).items()}
+        loss = response_loss(peft_model, batch)
         loss.backward()
-        with torch.no_grad(), peft_model.disable_adapter():
-            base = response_logits(peft_model, kept)
-        kl = kl_divergence(base, response_logits(peft_model, kept)) / len(base)
-        (kl_weight * kl).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.set_postfix(refusals=f"{loss.item():.2f}", kl=f"{kl.item():.3f}")
+        progress.set_postfix(refusals=f"{loss.item():.2f}", kl=f"{alignment.last_loss.item():.3f}")
     return peft_model
+
+
+def _of_like_length(turns: Sequence[Turn], size: int) -> list[list[Turn]]:
+    """Batches with little padding."""
+    ordered = sorted(turns, key=lambda turn: len(turn.prompt))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def save(aligned: PeftModel, folder: Path) -> None:
@@ -182,7 +200,7 @@ def save(aligned: PeftModel, folder: Path) -> None:
     # Also the name that is saved: without it, the path of this machine's cache would be.
     config.base_model_name_or_path = BASE_MODEL
     aligned.to(torch.bfloat16)
-    aligned.save_pretrained(folder, save_embedding_layers=False)
+    aligned.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
@@ -192,12 +210,6 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
         refusal_rate(model, tokenizer, [row[name] for row in rows])[0] for name in ("request", "lookalike")
     )
     return 1 - refused, over_refused
-
-
-def _endless(rows: Sequence[Row], rng: random.Random) -> Iterator[Row]:
-    """All rows in a new random order, again and again."""
-    while True:
-        yield from rng.sample(rows, len(rows))
 
 
 if __name__ == "__main__":

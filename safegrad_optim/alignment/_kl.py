@@ -140,13 +140,13 @@ def _sources(
     given: SafetyBatches | Sequence[SafetySource], positions: Positions, batch_size: int
 ) -> Sequence[SafetySource]:
     """The sources as they were given, or one of plain safety batches."""
-    if isinstance(given, SafetySource):
-        return [given]
-    if not isinstance(given, Sequence) or not any(isinstance(item, SafetySource) for item in given):
-        return [SafetySource(rows=given, positions=positions, batch_size=batch_size)]
-    for item in given:
-        if not isinstance(item, SafetySource):
-            raise TypeError(f"A {type(item).__name__} stands among SafetySource. Give its rows a source too.")
+    items: list[Any] = [given] if isinstance(given, (SafetySource, Mapping)) else list(given)
+    sources = [item for item in items if isinstance(item, SafetySource)]
+    if not sources:
+        return [SafetySource(rows=items, positions=positions, batch_size=batch_size)]
+    others = [type(item).__name__ for item in items if not isinstance(item, SafetySource)]
+    if others:
+        raise TypeError(f"A {others[0]} stands among SafetySource. Give its rows a source too.")
     if (positions, batch_size) != ("response", 8):
         raise ValueError("positions and batch_size are those of each SafetySource. Give them there.")
-    return given
+    return sources

@@ -66,12 +66,18 @@ def _buckets(indices: list[int], parameters: Sequence[Tensor]) -> Iterator[list[
         yield bucket
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """Return what each rank gave, by rank; all ranks have to ask together."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def require_same(values: Mapping[str, Any], advice: str) -> None:
     """Check that all ranks were given the same: small values with a repr that tells them, by name."""
-    if world_size() == 1:
-        return
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, {name: repr(value) for name, value in values.items()})
+    found = of_all_ranks({name: repr(value) for name, value in values.items()})
     for name, first in found[0].items():
         for rank, value in enumerate(theirs[name] for theirs in found):
             if value != first:

@@ -87,7 +87,7 @@ def read_references(
     tokens = sum(rows.tokens(index) for rows in sources for index in range(len(rows.batches)))
     kind = choose_kind(options, model, source, -(-tokens // share.size))
     weights = fingerprint(source.named_parameters())
-    readings = {}
+    readings: dict[SourceBatches, Reading] = {}
     for number, rows in enumerate(sources):
         identity = {
             "batches": rows.digest,

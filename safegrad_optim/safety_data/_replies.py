@@ -51,7 +51,7 @@ def greedy_tokens(
     # On a CPU, the product with a slice of the hidden states copies the head once for each prompt.
     hook = output_head(model).register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     with hook, unchanged_evaluation(model):
-        for start in _shown(range(0, len(order), batch_size), progress):
+        for start in shown(range(0, len(order), batch_size), progress):
             indices = order[start : start + batch_size]
             rows = [torch.tensor(prompts[index], dtype=torch.long, device=device) for index in indices]
             ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
@@ -63,7 +63,8 @@ def greedy_tokens(
     return [found[index] for index in range(len(prompts))]
 
 
-def _shown(starts: range, text: str | None) -> Iterable[int]:
+def shown(starts: range, text: str | None) -> Iterable[int]:
+    """The numbers with a progress bar, if there is a text for it and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:

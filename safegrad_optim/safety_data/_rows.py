@@ -91,7 +91,7 @@ def safety_rows(
             )
         warnings.warn(f"{found} They are left out; rows kept: {len(kept)}.", stacklevel=2)
     responses = {name: response for name, (_, response) in kept.items() if response is not None} | replies
-    return [_labelled(prompt, responses[name], max_length) for name, (prompt, _) in kept.items()]
+    return [labelled(prompt, responses[name], max_length) for name, (prompt, _) in kept.items()]
 
 
 def _named_rows(data: SafetyData) -> Iterator[tuple[str, Any]]:
@@ -107,15 +107,15 @@ def _named_rows(data: SafetyData) -> Iterator[tuple[str, Any]]:
 
 def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[int], list[int] | None]:
     """Tokens of a row's prompt and of its reply, if it has one."""
-    messages = _messages(name, row)
+    messages = messages_of(name, row)
     replied = messages[-1]["role"] == "assistant"
-    prompt = _token_ids(name, tokenizer, messages[:-1] if replied else messages, True)
+    prompt = chat_tokens(name, tokenizer, messages[:-1] if replied else messages, True)
     if len(prompt) >= max_length:
         found = f"{name}: its prompt has {len(prompt)} tokens and max_length is {max_length}"
         raise ValueError(f"{found}, which leaves no response. Raise max_length, or shorten the prompt.")
     if not replied:
         return prompt, None
-    tokens = _token_ids(name, tokenizer, messages, False)
+    tokens = chat_tokens(name, tokenizer, messages, False)
     if tokens[: len(prompt)] != prompt:
         expected, found = (tokenizer.decode(ids[: len(prompt)])[-40:] for ids in (prompt, tokens))
         raise ValueError(
@@ -126,7 +126,8 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
     return prompt, _through_end_of_turn(tokens[len(prompt) :], tokenizer)
 
 
-def _messages(name: str, row: Any) -> list[Message]:
+def messages_of(name: str, row: Any) -> list[Message]:
+    """The messages of a row in any of the known formats, checked; `name` is how errors call it."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise ValueError(f"{name} is a {type(row).__name__}, expected a text or a mapping with {_FORMATS}.")
@@ -162,7 +163,8 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
-def _token_ids(name: str, tokenizer: Any, messages: list[Message], reply_follows: bool) -> list[int]:
+def chat_tokens(name: str, tokenizer: Any, messages: list[Message], reply_follows: bool) -> list[int]:
+    """The tokens of messages in the chat template, with what opens a reply if one follows."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_follows)
     except BaseException as error:  # a template raises what it likes
@@ -185,7 +187,8 @@ def _through_end_of_turn(response: list[int], tokenizer: Any) -> list[int]:
     return response[:end]
 
 
-def _labelled(prompt: list[int], response: list[int], max_length: int) -> dict[str, list[int]]:
+def labelled(prompt: list[int], response: list[int], max_length: int) -> dict[str, list[int]]:
+    """A row whose response alone is labelled."""
     ids = (prompt + response)[:max_length]
     labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}

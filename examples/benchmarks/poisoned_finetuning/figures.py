@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--results", type=Path, default=HERE / "first_adapter.jsonl")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/poisoned_finetuning"))
     return parser.parse_args(arguments)
 
