@@ -61,7 +61,8 @@ class Asked(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    model, tokenizer = load(args.model, args.adapter, args.device)
+    model, tokenizer = load_aligned(adapter=args.adapter) if args.model is None else load_model(args.model)
+    model.to(args.device)
     rates = refusal_rates(model, tokenizer, asked(args.data_dir, args.limit))
     for table, rows in rates.groupby("table", sort=False):
         print(f"\n{table}\n{rows.drop(columns='table').to_string(index=False)}")
@@ -90,12 +91,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("outputs/refusal_rates.json"))
     return parser.parse_args(arguments)
-
-
-def load(name: str | None, adapter: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_aligned(adapter=adapter) if name is None else load_model(name)
-    model.to(device)
-    return model, tokenizer
 
 
 def asked(data_dir: Path | None, limit: int) -> Iterable[Asked]:

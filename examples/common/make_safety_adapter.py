@@ -33,10 +33,10 @@ from safegrad_optim import (
 
 ANSWER_TOKENS = 12
 FORMS_OF_A_LINE = 3
-ROWS = 3  # of a step, of each kind
+ROWS = 5  # of a step, of each kind
 RANK = 8
 LR = 2e-3
-RHO = 2.0
+RHO = 1.0
 OPENING_TOKENS = 6
 LANGUAGES = ("en", "es", "de", "fr", "zh")
 REPLIES = (
@@ -77,7 +77,7 @@ It is a starting point for experiments on fine-tuning, not a safety guarantee.
 def main() -> None:
     """Measure, align, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description="Make the safety adapter for SmolLM2-135M.")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: 600)")
+    parser.add_argument("--steps", type=int, default=360, help="optimizer steps (default: 360)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ADAPTER, help="folder for the adapter")
     args = parser.parse_args()

@@ -1,30 +1,23 @@
 """Training prompts that the aligned model refuses: safety rows from where an attack would be."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from safegrad_optim.forward import forward_at, unchanged_evaluation
-from safegrad_optim.parallel import inner_module, of_all_ranks, share_of, synchronized
-from safegrad_optim.reference import ReferenceSource, reference_source
+from safegrad_optim.parallel import inner_module
+from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data._neighbours import BANK, mean_over_neighbours
-from safegrad_optim.safety_data._replies import greedy_tokens, shown
+from safegrad_optim.safety_data._openings import calibrated, openings
+from safegrad_optim.safety_data._replies import greedy_tokens
 from safegrad_optim.safety_data._rows import chat_tokens, labelled, messages_of
 from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
 
-# Llama opens refusals and many answers with "I", a reasoning model both with a thought.
-_POSITIONS = 4
-_SEPARATES, _GAP = 0.9, 0.2
 _PLAUSIBLE = 0.5
 # Prompts are of one form where so many tokens at their beginning are the same, behind the template's own.
 _FORM_TOKENS = 6
-
-Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -120,18 +113,19 @@ def refused_prompts(
 
     Raises:
         TypeError: the training data can be read only once, or are a mapping of splits.
-        ValueError: no rows, or one in which no reply can be told from its prompt.
+        ValueError: no rows, or one in which no reply can be told from its prompt; probabilities that are not
+            finite.
     """
     prompts = training_prompts(training_data, tokenizer)
     source = reference_source(inner_module(model))
-    opening = _calibrated(
+    opening = calibrated(
         source,
-        [_prompt(f"Unsafe request {index}", row, tokenizer) for index, row in enumerate(unsafe)],
-        [_prompt(f"Harmless prompt {index}", row, tokenizer) for index, row in enumerate(harmless)],
+        _known("unsafe requests", unsafe, tokenizer),
+        _known("harmless prompts", harmless, tokenizer),
         batch_size,
     )
     unique = list(dict.fromkeys(prompt.tokens for prompt in prompts))
-    masses, states = _openings(
+    masses, states = openings(
         source,
         unique,
         opening.before,
@@ -159,84 +153,15 @@ def refused_prompts(
     return found
 
 
+def _known(name: str, rows: Sequence[str | Mapping[str, Any]], tokenizer: Any) -> list[Sequence[int]]:
+    """The prompts to calibrate by."""
+    if not rows:
+        raise ValueError(f"There are no {name} to calibrate by. Give some, or those of shipped_requests().")
+    return [_prompt(f"Row {index} of the {name}", row, tokenizer) for index, row in enumerate(rows)]
+
+
 def _prompt(name: str, row: str | Mapping[str, Any], tokenizer: Any) -> Sequence[int]:
     return chat_tokens(name, tokenizer, messages_of(name, row), True)
-
-
-class _Opening(NamedTuple):
-    """What is known of one token of replies."""
-
-    before: list[int]  # the tokens of the reply in front of it
-    odds: Tensor  # of each token to refuse, (vocabulary,)
-    auc: float  # of the refusing mass, unsafe against harmless
-    gap: float  # of its means
-
-    @property
-    def separates(self) -> bool:
-        # The AUC alone would also be near 1 where one token has 0.51 of the one and 0.49 of the other.
-        return self.auc >= _SEPARATES and self.gap >= _GAP
-
-
-def _calibrated(source: ReferenceSource, unsafe: Prompts, harmless: Prompts, batch_size: int) -> _Opening:
-    """The first token that tells replies to unsafe from replies to harmless prompts, or that does so best."""
-    before: list[int] = []
-    tried = []
-    for _ in range(_POSITIONS):
-        of_unsafe, of_harmless = (
-            _openings(source, rows, before, batch_size)[0] for rows in (unsafe, harmless)
-        )
-        mean, harmless_mean = of_unsafe.mean(dim=0), of_harmless.mean(dim=0)
-        odds = mean / (mean + harmless_mean).clamp(min=torch.finfo(mean.dtype).tiny)
-        above, below = of_unsafe @ odds, of_harmless @ odds
-        tried.append(_Opening(list(before), odds, _auc(above, below), float(above.mean() - below.mean())))
-        if tried[-1].separates:
-            return tried[-1]
-        before.append(int(mean.argmax()))
-    return max(tried, key=lambda opening: opening.gap)
-
-
-@torch.no_grad()
-def _openings(
-    source: ReferenceSource,
-    prompts: Prompts,
-    opening: list[int],
-    batch_size: int,
-    of_distribution: Callable[[Tensor], Tensor] = lambda distribution: distribution,
-    progress: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What is asked of the distribution behind each prompt and the opening, and its hidden state, on the CPU.
-
-    Each rank takes its share of the batches, and as many passes as any other.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    share = share_of(source.model)
-    passes = range(share.rank, -(-len(batches) // share.size) * share.size, share.size)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    with source.open() as model, synchronized(model), unchanged_evaluation(model):
-        device = next(model.parameters()).device
-        for number in shown(passes, progress):
-            indices = batches[min(number, len(batches) - 1)]
-            rows = [torch.tensor([*prompts[index], *opening]) for index in indices]
-            lengths = torch.tensor([len(row) for row in rows])
-            ids = pad_sequence(rows, batch_first=True)
-            mask = torch.arange(ids.shape[1]) < lengths[:, None]
-            last = torch.arange(ids.shape[1]) == lengths[:, None] - 1
-            inputs = {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
-            output = forward_at(model, inputs, last.to(device))
-            distribution = output.logits.float().softmax(dim=-1)
-            kept = of_distribution(distribution).cpu(), output.hidden.half().cpu()
-            found |= dict(zip(indices, zip(*kept, strict=True), strict=True))
-    for theirs in of_all_ranks(found):
-        found |= theirs
-    values, states = zip(*(found[index] for index in range(len(prompts))), strict=True)
-    return torch.stack(values), torch.stack(states)
-
-
-def _auc(above: Tensor, below: Tensor) -> float:
-    """The share of pairs in which the first is larger; half of the ties count."""
-    larger = (above[:, None] > below).float().mean() + 0.5 * (above[:, None] == below).float().mean()
-    return float(larger)
 
 
 def _template_tokens(tokenizer: Any) -> int:

@@ -226,6 +226,15 @@ def test_fingerprint_of_sharded_weights_is_that_of_the_whole(ranks, size, mode):
     assert ranks(size, runs.fingerprint_of, mode=mode) == [expected] * size
 
 
+# Seven prompts in batches of two or three: ranks with fewer batches than others, and with as many.
+@pytest.mark.parametrize("batch_size", [2, 3])
+@pytest.mark.parametrize(("size", "mode"), [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), (2, "tp")])
+def test_scores_of_training_prompts_are_those_of_one_process(ranks, size, mode, batch_size):
+    expected = runs.refused_scores(None, batch_size)
+    for found in ranks(size, runs.refused_scores, mode=mode, batch_size=batch_size):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["full", "peft"])
 def test_fsdp_settings_are_as_they_were(ranks, kind):
     assert ranks(2, runs.settings_after_step, kind=kind) == [(True, False, False, False)] * 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safegrad_optim import KLAlignment, SafetySource
-from safegrad_optim.safety_data import refused_prompts
+from safegrad_optim.safety_data import _refused, refused_prompts
 from tests.support.chat import TOKENIZER, chat_model, encoded, learn
 from tests.support.models import perturb, tiny_peft, trainable
 
@@ -62,7 +62,10 @@ def test_without_neighbours_the_score_is_the_refusing_mass(model):
 def test_the_first_token_that_differs_is_scored():
     found = find(taught("I can't do it.", "I use a rag."), TASK + ATTACK)
     assert found.opening == TOKENIZER("I", add_special_tokens=False)["input_ids"]
-    assert {prompt.row for prompt in found.flagged} == set(range(len(TASK), len(TASK + ATTACK)))
+    # Those that it was taught; of the others it cannot be known.
+    rows = {prompt.row for prompt in found.flagged}
+    assert rows >= set(range(len(TASK), len(TASK) + 6))
+    assert not rows & set(range(len(TASK)))
 
 
 def test_a_model_that_does_not_tell_them_apart_flags_nothing():
@@ -89,7 +92,9 @@ def test_report_has_rows_and_shares_but_no_text(model):
     assert "steal" not in report
 
 
-def test_report_says_which_form_of_the_task_is_hit(model):
+def test_report_says_which_form_of_the_task_is_hit(model, monkeypatch):
+    form = TOKENIZER("How do I", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(_refused, "_FORM_TOKENS", len(form))
     data = [f"How do I clean a {thing}{mark}" for thing in THINGS for mark in "?!"] + UNSAFE
     report = str(find(model, data))
     assert "Of 24 prompts that open as row 0 does, 8 are refused." in report
@@ -123,3 +128,17 @@ def test_prompts_that_occur_twice_are_one_row(model):
     found = find(model, ATTACK * 2 + TASK * 3)
     assert len(found.flagged) == len(ATTACK)
     assert len(found.scores) == 2 * len(ATTACK) + 3 * len(TASK)
+
+
+@pytest.mark.parametrize("missing", ["unsafe", "harmless"])
+def test_nothing_to_calibrate_by_is_refused(model, missing):
+    with pytest.raises(ValueError, match=f"There are no {missing}"):
+        find(model, TASK, **{missing: []})
+
+
+def test_probabilities_that_are_not_finite_are_refused(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        find(broken, TASK)

@@ -16,6 +16,8 @@ from safegrad_optim import KLAlignment, LossAlignment, Reference, SafeGradOptimi
 from safegrad_optim.alignment import _base as alignment
 from safegrad_optim.optimizer import _step as surgery_step
 from safegrad_optim.parallel import _fsdp
+from safegrad_optim.safety_data import refused_prompts
+from tests.support.chat import TOKENIZER
 from tests.support.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
 from tests.support.parallel_models import full, parallel, sum_gradients, tensor_parallel, unreduced
 
@@ -208,6 +210,16 @@ def settings_after_step(**options):
 def fingerprint_of(mode, kind="full"):
     _, wrapped, _, _ = build(mode=mode, kind=kind)
     return wrapped.alignment.state_dict()["reference"]
+
+
+def refused_scores(mode, batch_size):
+    """Scores of training prompts by an untrained model, which are of no use but differ."""
+    model = tiny_model(dtype=torch.float32, vocab_size=len(TOKENIZER), num_key_value_heads=2)
+    model, _, _ = parallel(model, mode, {})
+    words = ["lock", "car", "door", "bike", "safe", "boat", "shed"]
+    data, unsafe, harmless = ([f"{verb} the {word}." for word in words] for verb in ("See", "Steal", "Wash"))
+    options = {"unsafe": unsafe[:3], "harmless": harmless[:3], "neighbours": 2, "batch_size": batch_size}
+    return refused_prompts(model, TOKENIZER, data, **options).scores
 
 
 def warm_up_from_zero_with_nothing_on_a_rank():

@@ -1,0 +1,102 @@
+"""How replies open: the distribution of the token behind a prompt, and which token tells a refusal."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from safegrad_optim.forward import forward_at, unchanged_evaluation
+from safegrad_optim.parallel import of_all_ranks, share_of, synchronized
+from safegrad_optim.reference import ReferenceSource
+from safegrad_optim.safety_data._replies import shown
+
+# Llama opens refusals and many answers with "I", a reasoning model both with a thought.
+_POSITIONS = 4
+_SEPARATES, _GAP = 0.9, 0.2
+
+Prompts = Sequence[Sequence[int]]
+
+
+class Opening(NamedTuple):
+    """What is known of one token of replies."""
+
+    before: list[int]  # the tokens of the reply in front of it
+    odds: Tensor  # of each token to refuse, (vocabulary,)
+    auc: float  # of the refusing mass, unsafe against harmless
+    gap: float  # of its means
+
+    @property
+    def separates(self) -> bool:
+        # The AUC alone would also be near 1 where one token has 0.51 of the one and 0.49 of the other.
+        return self.auc >= _SEPARATES and self.gap >= _GAP
+
+
+def calibrated(source: ReferenceSource, unsafe: Prompts, harmless: Prompts, batch_size: int) -> Opening:
+    """Return the first token that tells replies to unsafe from those to harmless prompts, or does so best."""
+    before: list[int] = []
+    tried = []
+    for _ in range(_POSITIONS):
+        of_unsafe, of_harmless = (
+            openings(source, rows, before, batch_size)[0] for rows in (unsafe, harmless)
+        )
+        mean, harmless_mean = of_unsafe.mean(dim=0), of_harmless.mean(dim=0)
+        odds = mean / (mean + harmless_mean).clamp(min=torch.finfo(mean.dtype).tiny)
+        above, below = of_unsafe @ odds, of_harmless @ odds
+        tried.append(Opening(list(before), odds, _auc(above, below), float(above.mean() - below.mean())))
+        if tried[-1].separates:
+            return tried[-1]
+        before.append(int(mean.argmax()))
+    return max(tried, key=lambda opening: opening.gap)
+
+
+@torch.no_grad()
+def openings(
+    source: ReferenceSource,
+    prompts: Prompts,
+    before: list[int],
+    batch_size: int,
+    of_distribution: Callable[[Tensor], Tensor] = lambda distribution: distribution,
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what is asked of the distribution behind each prompt and `before`, and its hidden state.
+
+    On the CPU, in the order of the prompts. Each rank takes its share of the batches, and as many passes as
+    any other.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    share = share_of(source.model)
+    passes = range(share.rank, -(-len(batches) // share.size) * share.size, share.size)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    with source.open() as model, synchronized(model), unchanged_evaluation(model):
+        device = next(model.parameters()).device
+        for number in shown(passes, progress):
+            chosen = min(number, len(batches) - 1)
+            rows = [torch.tensor([*prompts[index], *before]) for index in batches[chosen]]
+            lengths = torch.tensor([len(row) for row in rows])[:, None]
+            ids = pad_sequence(rows, batch_first=True)
+            places = torch.arange(ids.shape[1])
+            inputs = {"input_ids": ids.to(device), "attention_mask": (places < lengths).long().to(device)}
+            output = forward_at(model, inputs, (places == lengths - 1).to(device))
+            values = of_distribution(output.logits.float().softmax(dim=-1)).cpu()
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"The model gives probabilities that are not finite behind {len(rows)} prompts of up to "
+                    f"{ids.shape[1]} tokens. Check its weights and precision."
+                )
+            found[chosen] = values, output.hidden.to(torch.bfloat16).cpu()
+    for theirs in of_all_ranks(found):
+        found |= theirs
+    in_order = torch.tensor(order).argsort()
+    kept = [found[number] for number in range(len(batches))]
+    return torch.cat([value for value, _ in kept])[in_order], torch.cat([state for _, state in kept])[
+        in_order
+    ]
+
+
+def _auc(above: Tensor, below: Tensor) -> float:
+    """The share of pairs in which the first is larger; half of the ties count."""
+    larger = (above[:, None] > below).float().mean() + 0.5 * (above[:, None] == below).float().mean()
+    return float(larger)
