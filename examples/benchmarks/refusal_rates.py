@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat_data import read_rows
+from common.make_safety_adapter import LANGUAGES
 from common.public_data import load_advbench, load_task
 from common.scoring import generate
 from common.smollm2 import ADAPTER, load_aligned, load_base, load_model
 from safegrad_optim import is_refusal, shipped_harmless_prompts, shipped_requests
 
-LANGUAGES = {"train": ("en", "es", "de", "fr", "zh"), "held_out": ("en",)}
+LANGUAGES_OF_SPLIT = {"train": LANGUAGES, "held_out": ("en",)}
 REPLY_TOKENS = 12
 ANSWER_TOKENS = 48
 ORDINARY = (
@@ -95,7 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def asked(data_dir: Path | None, limit: int) -> Iterable[Asked]:
     """Unsafe requests, look-alikes and tasks, each prompt once for every table that it counts in."""
-    for split, languages in LANGUAGES.items():
+    for split, languages in LANGUAGES_OF_SPLIT.items():
         for language in languages:
             for row in shipped_requests(split, language):
                 name = split if language == "en" else f"{split}, {language}"

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from safegrad_optim.safety_data import read_jsonl
 
-__all__ = ["Turn", "collate", "drawn", "harmful_turns", "read_rows", "refusal_turns"]
-__all__ += ["response_logits", "response_loss"]
+__all__ = ["Turn", "collate", "drawn", "harmful_turns", "read_rows", "refusal_turns", "response_loss"]
 
 DATA = Path(__file__).parents[1] / "data"
 IGNORED = -100
@@ -93,26 +92,17 @@ def collate(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> dict[s
 
 
 def response_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy of the response tokens, a 0-dim tensor: the `model(**batch).loss` of a batch.
+    """The `model(**batch).loss` of a batch, without logits where no row has a response.
 
     Args:
         model: a causal language model.
         batch: as `collate` makes it.
-    """
-    return nn.functional.cross_entropy(
-        response_logits(model, batch), batch["labels"][batch["labels"] != IGNORED]
-    )
 
-
-def response_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of the response tokens, (tokens, vocabulary), in fp32; none are computed elsewhere.
-
-    Args:
-        model: a causal language model.
-        batch: as `collate` makes it.
+    Returns:
+        Mean cross-entropy of the response tokens, a 0-dim tensor.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     columns = (batch["labels"] != IGNORED).any(dim=0).nonzero().squeeze(1)
     # Logits at a position predict the next token. With this vocabulary they are a good part of a step.
-    logits = model(**inputs, logits_to_keep=columns - 1).logits
-    return logits[batch["labels"][:, columns] != IGNORED].float()
+    logits = model(**inputs, logits_to_keep=columns - 1).logits.float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, columns].flatten())

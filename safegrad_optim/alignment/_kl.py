@@ -29,7 +29,7 @@ class KLAlignment(Alignment):
     Args:
         model: the causal language model being fine-tuned, with PEFT adapters or without.
         safety_batches: model inputs with `labels` that are -100 outside the response: batches in a list or
-            DataLoader, or rows in a list or Dataset.
+            DataLoader, or rows in a list or Dataset; or several `SafetySource`.
         reference: where P_ref comes from and where it is kept; by default computed from `model`, here.
         positions: "response" compares response tokens only, "all" every token.
         batch_size: rows to a batch, where `safety_batches` are rows.

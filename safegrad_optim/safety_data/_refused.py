@@ -46,8 +46,8 @@ class RefusedPrompts:
         prompts = [list(prompt.tokens) for prompt in self.flagged]
         if not prompts:
             return []
-        with reference_source(model).open():
-            replies = greedy_tokens(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=16)
+        with reference_source(inner_module(model)).open() as reference:
+            replies = greedy_tokens(reference, tokenizer, prompts, max_new_tokens=tokens, batch_size=16)
         return [
             labelled(prompt, reply, len(prompt) + tokens)
             for prompt, reply in zip(prompts, replies, strict=True)
