@@ -48,8 +48,8 @@ class Alignment(ABC):
         self._fp16_scale = 2.0**16
 
     @abstractmethod
-    def _source_losses(self, source: SourceBatches, index: int) -> Iterator[Tensor]:
-        """Yield losses whose sums on the ranks have the mean of the loss of one batch of a source.
+    def _losses(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Yield losses whose sums on the ranks have the mean of the loss of one batch of each source.
 
         Each has its own graph, and all ranks yield as many: FSDP2 communicates in each pass.
         """
@@ -107,7 +107,7 @@ class Alignment(ABC):
     def _backward(self, scale: float) -> Tensor:
         """Accumulate the gradients of all losses, times `scale`, and return the sum of the losses."""
         total = torch.zeros((), device=self._device())
-        losses = self._losses()
+        losses = self._losses([source.next_index() for source in self._sources])
         while True:
             with autocast(self.model, self.autocast_dtype):
                 loss = next(losses, None)
@@ -122,13 +122,6 @@ class Alignment(ABC):
             # Not torch.autograd.grad: under data parallelism only backward() reduces.
             (loss * scale).backward()
             total = total + loss.detach().to(total.device)
-
-    def _losses(self, index: int | None = None) -> Iterator[Tensor]:
-        """Yield the losses of the next batch of each source, or of a certain one, by their weights."""
-        for source in self._sources:
-            place = source.next_index() if index is None else index
-            for loss in self._source_losses(source, place):
-                yield loss if source.weight == 1.0 else source.weight * loss
 
     def _parts(self, source: SourceBatches, index: int, size: int | None = None) -> Iterator[Part]:
         return source.parts(index, self._share, self._device(), size)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.alignment._old_arguments import naming_the_new
-from safegrad_optim.batches import Part, Positions, SafetyBatches, SafetySource, SourceBatches
+from safegrad_optim.batches import (
+    Part,
+    Positions,
+    SafetyBatches,
+    SafetySource,
+    Section,
+    SourceBatches,
+    joined,
+)
 from safegrad_optim.forward import unchanged_evaluation
 from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
 from safegrad_optim.reference import Reference, ReferenceCache, read_references, reference_source
@@ -79,7 +87,7 @@ class KLAlignment(Alignment):
         require_same(own | {"micro_batch_size": micro_batch_size}, "Give all ranks the same options.")
         ref_model = None if options.ref_model is None else inner_module(options.ref_model)
         origin = reference_source(self.model, ref_model)
-        self._readings = read_references(
+        self._reading, self._reference_weights = read_references(
             options, self.model, origin, self._sources, self._all_parts, self._share, autocast_dtype
         )
         if not options.resumed:
@@ -88,7 +96,7 @@ class KLAlignment(Alignment):
     @property
     def cache(self) -> ReferenceCache | None:
         """The kept reference of the first source, `None` where it is computed at each call."""
-        return self._readings[self._sources[0]].cache
+        return self._reading.caches.get(self._sources[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the order of safety batches and the fingerprint of the reference's weights."""
@@ -108,22 +116,35 @@ class KLAlignment(Alignment):
     @property
     def _reference_number(self) -> int:
         # A number, because torch.distributed.checkpoint takes no other state of an optimizer.
-        return int(self._readings[self._sources[0]].identity["weights"][:15], 16)
+        return int(self._reference_weights[:15], 16)
 
     def _all_parts(self, source: SourceBatches) -> Iterator[Part]:
         indices = range(len(source.batches))
         return chain.from_iterable(self._parts(source, index, self.micro_batch_size) for index in indices)
 
-    def _source_losses(self, source: SourceBatches, index: int) -> Iterator[Tensor]:
-        tokens = source.tokens(index) / self._share.size
-        for part in self._parts(source, index, self.micro_batch_size):
-            yield self._readings[source].divergence(self.model, part) * part.weight / tokens
+    def _losses(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        chosen = zip(self._sources, indices, strict=True)
+        parts: Sequence[Part] = [
+            part for source, index in chosen for part in self._parts(source, index, self.micro_batch_size)
+        ]
+        # One pass for all: a pass of few rows takes as long as one of many.
+        for part in joined(parts) if self.micro_batch_size is None else parts:
+            divergences = self._reading.divergences(self.model, part)
+            weighted = [
+                divergence * (section.weight * section.source.weight / self._tokens(section))
+                for divergence, section in zip(divergences, part.sections, strict=True)
+            ]
+            yield torch.stack(weighted).sum()
+
+    def _tokens(self, section: Section) -> float:
+        """Compared tokens of a batch, in the mean over ranks, whose losses are averaged."""
+        return section.source.tokens(section.batch) / self._share.size
 
     @torch.no_grad()
     def _check_start(self) -> None:
         """Refuse a reference from which the model differs before any fine-tuning."""
         with synchronized(self.model), unchanged_evaluation(self.model, self.autocast_dtype):
-            total = sum(self._losses(0), torch.zeros((), device=self._device()))
+            total = sum(self._losses([0] * len(self._sources)), torch.zeros((), device=self._device()))
         if self._share.size > 1:
             total, _ = mean_over_ranks(total)
         divergence = float(total)

@@ -1,6 +1,6 @@
 """LossAlignment: the alignment gradient of a plain loss, such as cross-entropy on refusals."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class LossAlignment(Alignment):
         super().__init__(model, [SourceBatches(source, seed)], autocast_dtype)
         self.loss_fn = loss_fn
 
-    def _source_losses(self, source: SourceBatches, index: int) -> Iterator[Tensor]:
+    def _losses(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        (source,), (index,) = self._sources, indices
         if self.loss_fn is not None:
             device = self._device()
             batch = {name: value.to(device) for name, value in source.batches[index].items()}
@@ -56,4 +57,4 @@ class LossAlignment(Alignment):
             targets = part.labels.roll(-1, dims=1)[part.mask].to(logits.device)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             total = nn.functional.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            yield total * part.weight / tokens
+            yield total * part.sections[0].weight / tokens

@@ -35,13 +35,22 @@ class Kind(NamedTuple):
             return top_k_log_probs(output.logits, self.top_k)
         return (output.hidden if self.name == "hidden" else output.logits,)
 
-    def divergence(self, entry: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        """Return the sum of KL(P_ref || P_model); of hidden states, those of the reference came last."""
+    def divergences(self, entry: tuple[Tensor, ...], logits: Tensor, counts: list[int]) -> list[Tensor]:
+        """Return sums of KL(P_ref || P_model) over so many tokens each, one after another.
+
+        Of hidden states, the logits of the reference came last.
+        """
         if self.name == "hidden":
-            own, ref_logits = logits.chunk(2)
-            return kl_divergence(ref_logits.detach(), own)
-        first, *others = (tensor.to(logits.device) for tensor in entry)
-        return top_k_kl_divergence(TopK(first, *others), logits) if others else kl_divergence(first, logits)
+            logits, ref_logits = logits.chunk(2)
+            entry = (ref_logits.detach(),)
+        kept = zip(*(tensor.to(logits.device).split(counts) for tensor in entry), strict=True)
+        pairs = zip(kept, logits.split(counts), strict=True)
+        return [_divergence(ref, own) for ref, own in pairs]
+
+
+def _divergence(ref: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+    first, *others = ref
+    return top_k_kl_divergence(TopK(first, *others), logits) if others else kl_divergence(first, logits)
 
 
 def choose_kind(options: Reference, model: nn.Module, source: ReferenceSource, tokens: int) -> Kind:

@@ -1,8 +1,8 @@
 """How P_ref is read: computed at each call, or from what was kept of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,22 +18,21 @@ from safegrad_optim.reference._source import Reference, ReferenceSource
 
 @dataclass
 class Reading(ABC):
-    """A way to P_ref on the safety batches of a source."""
+    """A way to P_ref on safety batches."""
 
     source: ReferenceSource
     kind: Kind
-    identity: dict[str, str]  # its `fingerprint`
     autocast_dtype: torch.dtype | None
-    cache: ReferenceCache | None = None
+    caches: Mapping[SourceBatches, ReferenceCache] = field(default_factory=dict)
 
     @abstractmethod
     def entry(self, part: Part) -> tuple[tuple[Tensor, ...], str]:
         """Return what the kind keeps of P_ref at the compared positions of a part, and its precision."""
 
-    def divergence(self, model: nn.Module, part: Part) -> Tensor:
-        """Return the sum of KL(P_ref || P_model) over the compared positions of a part."""
+    def divergences(self, model: nn.Module, part: Part) -> list[Tensor]:
+        """Return the sum of KL(P_ref || P_model) over the compared tokens of each section of a part."""
         entry, precision = self.entry(part)
-        head = () if self.cache is None else self.cache.head
+        head = next(iter(self.caches.values())).head if self.caches else ()
         states = (entry[0], *head) if self.kind.name == "hidden" else ()
         if len(states) == 1 and not head_is_frozen(model):
             raise ValueError(
@@ -46,7 +45,7 @@ class Reading(ABC):
                 f"The reference was computed with {precision}; the model now gives {output.precision}. Build "
                 "the alignment after accelerator.prepare and any cast, or give it training's autocast_dtype."
             )
-        return self.kind.divergence(entry, output.logits)
+        return self.kind.divergences(entry, output.logits, [section.length for section in part.sections])
 
 
 class LiveReference(Reading):
@@ -60,15 +59,15 @@ class LiveReference(Reading):
 class CachedReference(Reading):
     """P_ref as it was kept."""
 
-    def __init__(self, live: LiveReference, cache: ReferenceCache, identity: dict[str, str]) -> None:
-        super().__init__(live.source, live.kind, identity, live.autocast_dtype, cache)
-
     def entry(self, part: Part) -> tuple[tuple[Tensor, ...], str]:
-        assert self.cache is not None
+        entries = [
+            tuple(tensor[tokens] for tensor in self.caches[source].entries[batch])
+            for source, batch, tokens, _ in part.sections
+        ]
         # A copy, also on the CPU: where memory is mapped or cut it may be aligned in another way than where
         # it was computed, and kernels may then add in another order.
-        entry = tuple(tensor[part.tokens].clone() for tensor in self.cache.entries[part.batch])
-        return entry, self.cache.precision
+        entry = tuple(torch.cat(tensors) for tensors in zip(*entries, strict=True))
+        return entry, self.caches[part.sections[0].source].precision
 
 
 def read_references(
@@ -79,35 +78,46 @@ def read_references(
     parts: Callable[[SourceBatches], Iterator[Part]],
     share: Share,
     autocast_dtype: torch.dtype | None,
-) -> dict[SourceBatches, Reading]:
-    """Return the way to P_ref on the `parts` of each source of rows that this rank computes.
+) -> tuple[Reading, str]:
+    """Return the way to P_ref on the `parts` of each source that this rank computes, and P_ref's weights.
 
     What is kept is read from its file if there is one, else it is computed now.
     """
     tokens = sum(rows.tokens(index) for rows in sources for index in range(len(rows.batches)))
     kind = choose_kind(options, model, source, -(-tokens // share.size))
-    weights = fingerprint(source.named_parameters())
-    readings: dict[SourceBatches, Reading] = {}
+    live = LiveReference(source, kind, autocast_dtype)
+    own = fingerprint(source.named_parameters())
+    if options.cache is None:
+        return live, own["weights"]
+    own["precision"] = f"{kind.label}, autocast {autocast_dtype}"
+    caches: dict[SourceBatches, ReferenceCache] = {}
+    weights = ""
     for number, rows in enumerate(sources):
-        identity = {
-            "batches": rows.digest,
-            "precision": f"{kind.label}, autocast {autocast_dtype}",
-            **weights,
-        }
-        live = LiveReference(source, kind, identity, autocast_dtype)
         path = None if options.file is None else _file_of_source(Path(options.file), number)
-        kept = options.cache is not None
-        readings[rows] = _kept(live, path, options.resumed and source.drifts, parts(rows)) if kept else live
-    return readings
+        identity = {"batches": rows.digest, **own}
+        caches[rows], found = _kept(live, path, identity, options.resumed and source.drifts, parts(rows))
+        # One copy of the head is enough.
+        caches[rows].head = caches[sources[0]].head
+        if number and found != weights:
+            raise ValueError(
+                f"{path} is of a reference with other weights than the file of the first source. Give the "
+                "files of one run, or delete them to compute the reference anew."
+            )
+        weights = found
+    return CachedReference(source, kind, autocast_dtype, caches), weights
 
 
 def _file_of_source(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}-{number}") if number else path
 
 
-def _kept(live: LiveReference, path: Path | None, drifted: bool, parts: Iterator[Part]) -> CachedReference:
+def _kept(
+    live: LiveReference, path: Path | None, identity: dict[str, str], drifted: bool, parts: Iterator[Part]
+) -> tuple[ReferenceCache, str]:
+    """Return what is kept of one source, and which weights it is of."""
     if path is not None and path.exists():
-        return CachedReference(live, *ReferenceCache.load(path, live.identity, check_weights=not drifted))
+        cache, found = ReferenceCache.load(path, identity, check_weights=not drifted)
+        return cache, found["weights"]
     if drifted:
         raise ValueError(
             "The model has been fine-tuned (resumed=True), so its reference cannot be computed from it, and "
@@ -116,17 +126,18 @@ def _kept(live: LiveReference, path: Path | None, drifted: bool, parts: Iterator
         )
     cache = _computed(live, parts)
     if path is not None:
-        cache.save(path, live.identity)
-    return CachedReference(live, cache, live.identity)
+        cache.save(path, identity)
+    return cache, identity["weights"]
 
 
 def _computed(live: LiveReference, parts: Iterator[Part]) -> ReferenceCache:
     batches: dict[int, list[tuple[Tensor, ...]]] = {}
     for part in parts:
         entry, precision = live.entry(part)
-        kept = batches.setdefault(part.batch, [])
+        (section,) = part.sections
+        kept = batches.setdefault(section.batch, [])
         # What is run to keep pace with other ranks is kept only where there is nothing else.
-        if part.weight or not kept:
+        if section.weight or not kept:
             kept.append(tuple(tensor.cpu() for tensor in entry))
     entries = [tuple(map(torch.cat, zip(*kept, strict=True))) for kept in batches.values()]
     with live.source.open() as model:

@@ -430,6 +430,52 @@ def test_the_loss_is_the_weighted_sum_of_the_means_of_its_sources(cache):
     assert_gradients_close(again(trainable(model)), made(trainable(model)), rtol=0)
 
 
+@pytest.mark.parametrize("model", [tiny_peft, tiny_model])
+@pytest.mark.parametrize("options", [{}, {"reference": Reference(cache="top_k", top_k=8)}])
+def test_sources_go_through_the_model_together(model, options):
+    """The gradient of one pass is that of a pass for each source, whatever is kept of the reference."""
+    model = model(dtype=torch.float64).eval()
+    sources = [
+        SafetySource(rows=safety_rows(3), batch_size=3, tokens=2),
+        SafetySource(rows=safety_rows(4, seed=1), batch_size=2, weight=0.3),
+        SafetySource(rows=safety_rows(2, seed=2), batch_size=1, positions="all"),
+    ]
+    together = KLAlignment(model, sources, **options)
+    apart = KLAlignment(model, sources, micro_batch_size=8, **options)
+    perturb(model)
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    for _ in range(3):
+        shapes.clear()
+        found = together(trainable(model))
+        ((rows, length),) = shapes
+        shapes.clear()
+        expected = apart(trainable(model))
+        assert (rows, length) == (sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+        assert len(shapes) == 3
+        assert_gradients_close(found, expected, rtol=1e-9)
+        torch.testing.assert_close(together.last_loss, apart.last_loss, rtol=1e-9, atol=0)
+    hook.remove()
+
+
+def test_sources_whose_fields_are_not_one_entry_a_token_have_a_pass_each():
+    def with_mask(rows):
+        batch = padded(rows)
+        # 4-D, as some collators make it: (rows, heads, length, length).
+        length = batch["input_ids"].shape[1]
+        causal = torch.ones(length, length).tril().bool().expand(len(rows), 1, -1, -1)
+        return [batch | {"attention_mask": causal & batch["attention_mask"].bool()[:, None, None]}]
+
+    model = tiny_peft()
+    rows = [safety_rows(3), safety_rows(2, seed=1)]
+    made = KLAlignment(model, [SafetySource(rows=with_mask(part)) for part in rows])
+    expected = KLAlignment(model, [SafetySource(rows=part) for part in rows])
+    perturb(model)
+    assert_gradients_close(made(trainable(model)), expected(trainable(model)), rtol=1e-5)
+
+
 def test_a_source_compares_the_first_tokens_alone():
     model, rows = tiny_peft(), safety_rows(4)
     opening = []

@@ -151,6 +151,13 @@ def test_adapters(ranks, size, mode, training):
     )
 
 
+@pytest.mark.parametrize(("size", "mode"), [(2, "ddp"), (2, "fsdp"), (4, "fsdp")])
+@pytest.mark.parametrize("alignment", [{}, {"micro_batch_size": 2}])
+def test_several_sources(ranks, size, mode, alignment):
+    training = {"sources": 3, "kind": "peft", "alignment_options": alignment}
+    assert_same_as_one_process(ranks(size, runs.train, mode=mode, **training), **training)
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "tp"])
 def test_cross_entropy_alignment(ranks, mode):
     assert_same_as_one_process(ranks(2, runs.train, mode=mode, align="loss"), align="loss")

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safegrad_optim import KLAlignment, LossAlignment, Reference, SafeGradOptimizer
+from safegrad_optim import KLAlignment, LossAlignment, Reference, SafeGradOptimizer, SafetySource
 from safegrad_optim.alignment import _base as alignment
 from safegrad_optim.optimizer import _step as surgery_step
 from safegrad_optim.parallel import _fsdp
@@ -50,9 +50,19 @@ def build(
     parallel_options=None,
     align="kl",
     alignment_options=None,
+    sources=1,
     **options,
 ):
-    settings = {"batch_size": 5} | (alignment_options or {})
+    settings = ({"batch_size": 5} if sources == 1 else {}) | (alignment_options or {})
+    safety = safety_rows(rows)
+    if sources > 1:
+        # The last has fewer rows than there are ranks.
+        safety = [
+            SafetySource(
+                rows=safety_rows(rows, seed=number), batch_size=3, tokens=number + 1, weight=1 / (number + 1)
+            )
+            for number in range(sources - 1)
+        ] + [SafetySource(rows=safety_rows(2, seed=9), batch_size=1)]
     if kind == "peft":
         # Away from the reference, near which the gradient of KL is a difference of equals, and from
         # zero, relative to which any rounding is large.
@@ -65,9 +75,9 @@ def build(
         model = tiny_model(dtype=dtype, num_key_value_heads=2)
     inner = model
     make = KLAlignment if align == "kl" else LossAlignment
-    early = make(inner, safety_rows(rows), **settings) if given == "before" else None
+    early = make(inner, safety, **settings) if given == "before" else None
     model, rank, size = parallel(model, mode, parallel_options or {})
-    aligned = early or make({"wrapped": model, "inner": inner}[given], safety_rows(rows), **settings)
+    aligned = early or make({"wrapped": model, "inner": inner}[given], safety, **settings)
     if optimizer == "adamw":
         base = torch.optim.AdamW(trainable(model), lr=1e-3, eps=1e-4)
     else:

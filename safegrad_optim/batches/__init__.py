@@ -1,0 +1,15 @@
+"""Safety batches: from whatever the user has to a checked list, their order, and the parts of a rank."""
+
+from safegrad_optim.batches._batches import (
+    IGNORE_INDEX,
+    Batch,
+    Positions,
+    SafetyBatches,
+    as_batches,
+    position_mask,
+)
+from safegrad_optim.batches._parts import Part, Section, joined
+from safegrad_optim.batches._source import SafetySource, SourceBatches
+
+__all__ = ["IGNORE_INDEX", "Batch", "Part", "Positions", "SafetyBatches", "SafetySource", "Section"]
+__all__ += ["SourceBatches", "as_batches", "joined", "position_mask"]
