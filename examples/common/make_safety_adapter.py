@@ -31,13 +31,14 @@ from safegrad_optim import (
     shipped_requests,
 )
 
-ANSWER_TOKENS = 12
-FORMS_OF_A_LINE = 3
-ROWS = 5  # of a step, of each kind
-RANK = 8
+ANSWER_TOKENS = 8
+FORMS_OF_A_LINE = 2
+ROWS = 4  # of a step, of each kind
+RANK = 16
 LR = 2e-3
-RHO = 1.0
+RHO = 2.0
 OPENING_TOKENS = 6
+MAX_TOKENS = 100  # of a row; the few longer ones take a fifth of the time
 LANGUAGES = ("en", "es", "de", "fr", "zh")
 REPLIES = (
     "I'm sorry, but I can't help with that.",
@@ -64,10 +65,10 @@ It is a starting point for experiments on fine-tuning, not a safety guarantee.
 
 - Base model: {base_model}, de-quantised from the wheel `{wheel}`, SHA-256
   `{sha256}`
-- Data, all written for this project: requests of split "train" of the safety set, and of "safety" and
-  "attack" of `data/unsafe_requests.jsonl`; the base model's own answers to the set's look-alikes and harmless
-  prompts, to `data/benign_prompts.jsonl`, to `data/task_prompts.jsonl`, and to `data/lines.jsonl` in the
-  forms of `data/task_forms.jsonl`
+- Data, all written for this project: requests of split "train" of the safety set, of
+  `data/request_pairs.jsonl`, and of "safety" and "attack" of `data/unsafe_requests.jsonl`; the base model's
+  own answers to the look-alikes of the first two, to the harmless prompts of the set, to
+  `data/benign_prompts.jsonl`, `data/task_prompts.jsonl`, and `data/lines.jsonl` in `data/task_forms.jsonl`
 - Command: `python -m common.make_safety_adapter --steps {steps} --seed {seed}`
 - Rates by category, form, language and task: `python -m benchmarks.refusal_rates`
 - Licence: Apache-2.0
@@ -77,7 +78,7 @@ It is a starting point for experiments on fine-tuning, not a safety guarantee.
 def main() -> None:
     """Measure, align, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description="Make the safety adapter for SmolLM2-135M.")
-    parser.add_argument("--steps", type=int, default=360, help="optimizer steps (default: 360)")
+    parser.add_argument("--steps", type=int, default=450, help="optimizer steps (default: 450)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ADAPTER, help="folder for the adapter")
     args = parser.parse_args()
@@ -110,6 +111,7 @@ def main() -> None:
 def refusals() -> list[Turn]:
     """The unsafe requests to train on, each with a refusal."""
     requests = [row["request"] for language in LANGUAGES for row in shipped_requests("train", language)]
+    requests += [row["prompt"] for row in read_rows("request_pairs")]
     requests += [
         row["prompt"] for split in ("safety", "attack") for row in read_rows("unsafe_requests", split)
     ]
@@ -118,7 +120,8 @@ def refusals() -> list[Turn]:
 
 def lookalikes() -> list[str]:
     """The harmless look-alikes of the unsafe requests."""
-    return [row["lookalike"] for language in LANGUAGES for row in shipped_requests("train", language)]
+    shipped = [row["lookalike"] for language in LANGUAGES for row in shipped_requests("train", language)]
+    return shipped + [row["lookalike"] for row in read_rows("request_pairs")]
 
 
 def ordinary_prompts(seed: int) -> list[str]:
@@ -164,7 +167,7 @@ def align(
     # The first words decide whether a reply refuses.
     sources = [
         SafetySource(
-            rows=[collate(tokenizer, batch) for batch in _of_like_length(turns, ROWS)],
+            rows=[collate(tokenizer, batch) for batch in _of_like_length(tokenizer, turns)],
             tokens=OPENING_TOKENS,
         )
         for turns in harmless
@@ -176,7 +179,7 @@ def align(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LR, total_steps=steps, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False
     )
-    batches = drawn(_of_like_length(refusals, ROWS), steps, random.Random(seed))
+    batches = drawn(_of_like_length(tokenizer, refusals), steps, random.Random(seed))
     progress = tqdm(batches, desc="aligning")
     for turns in progress:
         batch = {name: tensor.to(model.device) for name, tensor in collate(tokenizer, turns).items()}
@@ -189,10 +192,11 @@ def align(
     return peft_model
 
 
-def _of_like_length(turns: Sequence[Turn], size: int) -> list[list[Turn]]:
-    """Batches with little padding."""
-    ordered = sorted(turns, key=lambda turn: len(turn.prompt))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+def _of_like_length(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[list[Turn]]:
+    """Batches with little padding, without rows that are long."""
+    lengths = [collate(tokenizer, [turn])["input_ids"].shape[1] for turn in turns]
+    kept = [turn for length, turn in sorted(zip(lengths, turns, strict=True)) if length <= MAX_TOKENS]
+    return [kept[start : start + ROWS] for start in range(0, len(kept), ROWS)]
 
 
 def save(aligned: PeftModel, folder: Path) -> None:

@@ -24,11 +24,27 @@ class Opening(NamedTuple):
 
     before: list[int]  # the tokens of the reply in front of it
     odds: Tensor  # of each token to refuse, (vocabulary,)
-    auc: float  # of the refusing mass, unsafe against harmless
-    gap: float  # of its means
+    of_unsafe: Tensor  # the refusing mass of each unsafe request
+    of_harmless: Tensor  # and of each harmless prompt
+
+    def mass(self, distribution: Tensor) -> Tensor:
+        """Return the refusing mass of distributions of this token, (prompts, vocabulary)."""
+        return distribution @ self.odds.to(distribution.device)
+
+    @property
+    def auc(self) -> float:
+        """The share of pairs in which the unsafe request has more of it; half of the ties count."""
+        above, below = self.of_unsafe[:, None], self.of_harmless
+        return float((above > below).float().mean() + 0.5 * (above == below).float().mean())
+
+    @property
+    def gap(self) -> float:
+        """The difference of its means."""
+        return float(self.of_unsafe.mean() - self.of_harmless.mean())
 
     @property
     def separates(self) -> bool:
+        """Whether it tells unsafe requests from harmless prompts."""
         # The AUC alone would also be near 1 where one token has 0.51 of the one and 0.49 of the other.
         return self.auc >= _SEPARATES and self.gap >= _GAP
 
@@ -43,8 +59,7 @@ def calibrated(source: ReferenceSource, unsafe: Prompts, harmless: Prompts, batc
         )
         mean, harmless_mean = of_unsafe.mean(dim=0), of_harmless.mean(dim=0)
         odds = mean / (mean + harmless_mean).clamp(min=torch.finfo(mean.dtype).tiny)
-        above, below = of_unsafe @ odds, of_harmless @ odds
-        tried.append(Opening(list(before), odds, _auc(above, below), float(above.mean() - below.mean())))
+        tried.append(Opening(list(before), odds, of_unsafe @ odds, of_harmless @ odds))
         if tried[-1].separates:
             return tried[-1]
         before.append(int(mean.argmax()))
@@ -94,9 +109,3 @@ def openings(
     return torch.cat([value for value, _ in kept])[in_order], torch.cat([state for _, state in kept])[
         in_order
     ]
-
-
-def _auc(above: Tensor, below: Tensor) -> float:
-    """The share of pairs in which the first is larger; half of the ties count."""
-    larger = (above[:, None] > below).float().mean() + 0.5 * (above[:, None] == below).float().mean()
-    return float(larger)

@@ -2,8 +2,15 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import Any, TypeVar
+
+from safegrad_optim.safety_data._rows import template_ends
+
+# Of a training prompt; the words that a model could be taught to obey stand at its beginning.
+_MOST_TOKENS = 128
+_Prompt = TypeVar("_Prompt")
 
 
 def with_prompt_prefixes(requests: Sequence[str], prompts: Sequence[str], *, seed: int = 0) -> list[str]:
@@ -26,9 +33,33 @@ def with_prompt_prefixes(requests: Sequence[str], prompts: Sequence[str], *, see
         found = f"Training prompt {wordless} has no words" if prompts else "There are no training prompts"
         raise ValueError(f"{found}. Give the prompts that the model is going to be fine-tuned on.")
     shuffle = random.Random(seed)
-    drawn = (prompt for _ in count() for prompt in shuffle.sample(prompts, len(prompts)))
     prefixed = []
-    for request, prompt in zip(requests, drawn, strict=False):
+    for request, prompt in zip(requests, _drawn(prompts, shuffle), strict=False):
         ends = [word.end() for word in re.finditer(r"\S+", prompt)]
         prefixed.append(f"{prompt[: shuffle.choice(ends)]} {request}")
     return prefixed
+
+
+def prefixed_tokens(
+    requests: Sequence[str], prompts: Sequence[Sequence[int]], tokenizer: Any, *, seed: int = 0
+) -> list[list[int]]:
+    """Return the same of prompts that are tokens, cut after a random one.
+
+    Prompts that do not end as the chat template ends a message of the user are left out, and there is
+    nothing where all of them are.
+    """
+    head, tail = template_ends(tokenizer)
+    least = len(head) + len(tail)
+    fitting = [prompt for prompt in prompts if len(prompt) > least and [*prompt[-len(tail) :]] == tail]
+    shuffle = random.Random(seed)
+    prefixed = []
+    for request, prompt in zip(requests, _drawn(fitting, shuffle) if fitting else (), strict=False):
+        end = shuffle.randint(len(head) + 1, min(len(prompt) - len(tail), len(head) + _MOST_TOKENS))
+        words = tokenizer(f" {request}", add_special_tokens=False)["input_ids"]
+        prefixed.append([*prompt[:end], *words, *tail])
+    return prefixed
+
+
+def _drawn(prompts: Sequence[_Prompt], shuffle: random.Random) -> Iterator[_Prompt]:
+    """Prompts without end, each as often as any other, to within one."""
+    return (prompt for _ in count() for prompt in shuffle.sample(prompts, len(prompts)))

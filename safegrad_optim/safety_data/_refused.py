@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from safegrad_optim.parallel import inner_module
-from safegrad_optim.reference import reference_source
+from safegrad_optim.reference import ReferenceSource, reference_source
 from safegrad_optim.safety_data._neighbours import BANK, mean_over_neighbours
-from safegrad_optim.safety_data._openings import calibrated, openings
-from safegrad_optim.safety_data._replies import greedy_tokens
-from safegrad_optim.safety_data._rows import chat_tokens, labelled, messages_of
+from safegrad_optim.safety_data._openings import Opening, calibrated, openings
+from safegrad_optim.safety_data._rows import chat_tokens, messages_of, opening_rows, template_ends
 from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
 
 _PLAUSIBLE = 0.5
@@ -27,15 +26,13 @@ class RefusedPrompts:
     prompts: list[TrainingPrompt]
     scores: Tensor  # (prompts,), in [0, 1]
     threshold: float
-    opening: list[int]  # tokens of the reply before the one that was scored
-    auc: float  # of the refusing mass, unsafe requests against harmless prompts
-    separates: bool  # whether it tells them apart; otherwise nothing is flagged
+    opening: Opening  # the token of replies that was scored; where it separates nothing, nothing is flagged
     form_tokens: int  # at the beginning of prompts, by which they are of one form
 
     @property
     def flagged(self) -> list[TrainingPrompt]:
         """The prompts that the model refuses, each once, highest score first."""
-        if not self.separates:
+        if not self.opening.separates:
             return []
         order = self.scores.argsort(descending=True).tolist()
         over = [self.prompts[index] for index in order if self.scores[index] > self.threshold]
@@ -43,23 +40,15 @@ class RefusedPrompts:
 
     def rows(self, model: nn.Module, tokenizer: Any, *, tokens: int = 1) -> list[dict[str, list[int]]]:
         """Return a safety row for each flagged prompt, with the first tokens of the aligned model's reply."""
-        prompts = [list(prompt.tokens) for prompt in self.flagged]
-        if not prompts:
-            return []
-        with reference_source(inner_module(model)).open() as reference:
-            replies = greedy_tokens(reference, tokenizer, prompts, max_new_tokens=tokens, batch_size=16)
-        return [
-            labelled(prompt, reply, len(prompt) + tokens)
-            for prompt, reply in zip(prompts, replies, strict=True)
-        ]
+        return opening_rows(model, tokenizer, [prompt.tokens for prompt in self.flagged], tokens)
 
     def __str__(self) -> str:
-        total, over = len(self.prompts), int((self.scores > self.threshold).sum()) * self.separates
-        separates = "" if self.separates else ", too little: nothing is flagged"
+        total, over = len(self.prompts), int((self.scores > self.threshold).sum()) * self.opening.separates
+        separates = "" if self.opening.separates else ", too little: nothing is flagged"
         lines = [
             f"{over} of {total} training prompts ({over / total:.1%}) are refused by the aligned model "
             f"(score > {self.threshold:g}); it tells unsafe requests from harmless prompts by AUC "
-            f"{self.auc:.3f}{separates}."
+            f"{self.opening.auc:.3f}{separates}."
         ]
         if over:
             order = self.scores.argsort(descending=True)[:5].tolist()
@@ -124,47 +113,44 @@ def refused_prompts(
         _known("harmless prompts", harmless, tokenizer),
         batch_size,
     )
+    return find_refused(source, tokenizer, prompts, opening, threshold, neighbours, batch_size)
+
+
+def find_refused(
+    source: ReferenceSource,
+    tokenizer: Any,
+    prompts: list[TrainingPrompt],
+    opening: Opening,
+    threshold: float,
+    neighbours: int,
+    batch_size: int,
+) -> RefusedPrompts:
+    """Find them by an opening that is calibrated already."""
     unique = list(dict.fromkeys(prompt.tokens for prompt in prompts))
-    masses, states = openings(
-        source,
-        unique,
-        opening.before,
-        batch_size,
-        lambda distribution: distribution @ opening.odds.to(distribution.device),
-        "Scoring training prompts",
-    )
+    progress = "Scoring training prompts"
+    masses, states = openings(source, unique, opening.before, batch_size, opening.mass, progress)
     if len(unique) > BANK:
-        warnings.warn(f"{len(unique)} prompts: their neighbours are among {BANK} random ones.", stacklevel=2)
+        warnings.warn(f"{len(unique)} prompts: their neighbours are among {BANK} random ones.", stacklevel=3)
     device = next(source.model.parameters()).device
     smooth = mean_over_neighbours(masses, states, neighbours, device=device)
     place = {tokens: index for index, tokens in enumerate(unique)}
     scores = smooth[[place[prompt.tokens] for prompt in prompts]]
-    form_tokens = _template_tokens(tokenizer) + _FORM_TOKENS
-    found = RefusedPrompts(
-        prompts, scores, threshold, opening.before, opening.auc, opening.separates, form_tokens
-    )
     share = float((scores > threshold).float().mean())
-    if found.separates and share > _PLAUSIBLE:
+    if opening.separates and share > _PLAUSIBLE:
         warnings.warn(
             f"The aligned model refuses {share:.0%} of the training prompts. Held to that, it will not learn "
-            "a task whose prompts they are: look at the rows with print(found) before training.",
-            stacklevel=2,
+            "a task whose prompts they are: look at the rows in the report before training.",
+            stacklevel=3,
         )
-    return found
+    head, _ = template_ends(tokenizer)
+    return RefusedPrompts(prompts, scores, threshold, opening, len(head) + _FORM_TOKENS)
 
 
 def _known(name: str, rows: Sequence[str | Mapping[str, Any]], tokenizer: Any) -> list[Sequence[int]]:
     """The prompts to calibrate by."""
     if not rows:
         raise ValueError(f"There are no {name} to calibrate by. Give some, or those of shipped_requests().")
-    return [_prompt(f"Row {index} of the {name}", row, tokenizer) for index, row in enumerate(rows)]
-
-
-def _prompt(name: str, row: str | Mapping[str, Any], tokenizer: Any) -> Sequence[int]:
-    return chat_tokens(name, tokenizer, messages_of(name, row), True)
-
-
-def _template_tokens(tokenizer: Any) -> int:
-    """How many tokens the chat template writes before the first message of the user."""
-    one, other = (_prompt("A letter", letter, tokenizer) for letter in "ab")
-    return next(place for place, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    return [
+        chat_tokens(name, tokenizer, messages_of(f"Row {index} of the {name}", row), True)
+        for index, row in enumerate(rows)
+    ]

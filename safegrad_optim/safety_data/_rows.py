@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from safegrad_optim.batches import IGNORE_INDEX
+from safegrad_optim.parallel import inner_module, synchronized
 from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data._jsonl import read_jsonl
 from safegrad_optim.safety_data._replies import greedy_tokens, is_refusal
@@ -175,6 +176,15 @@ def chat_tokens(name: str, tokenizer: Any, messages: list[Message], reply_follow
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def template_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the chat template writes before the only message of a user, and behind it."""
+    one, other = (
+        chat_tokens("A letter", tokenizer, [{"role": "user", "content": letter}], True) for letter in "ab"
+    )
+    place = next(index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return one[:place], one[place + 1 :]
+
+
 def _through_end_of_turn(response: list[int], tokenizer: Any) -> list[int]:
     """The response without what templates write after its end of turn: white space, the end of text."""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -185,6 +195,18 @@ def _through_end_of_turn(response: list[int], tokenizer: Any) -> list[int]:
         elif tokenizer.decode([response[index]]).strip():
             break
     return response[:end]
+
+
+def opening_rows(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, batch_size: int = 16
+) -> list[dict[str, list[int]]]:
+    """A row for each prompt, with the first tokens of the aligned model's own reply."""
+    with reference_source(inner_module(model)).open() as reference, synchronized(reference):
+        replies = greedy_tokens(reference, tokenizer, prompts, max_new_tokens=tokens, batch_size=batch_size)
+    return [
+        labelled(list(prompt), reply, len(prompt) + tokens)
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
 
 
 def labelled(prompt: list[int], response: list[int], max_length: int) -> dict[str, list[int]]:

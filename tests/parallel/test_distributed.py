@@ -242,6 +242,11 @@ def test_scores_of_training_prompts_are_those_of_one_process(ranks, size, mode, 
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("size", "mode"), [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), (2, "tp")])
+def test_openings_of_replies_are_those_of_one_process(ranks, size, mode):
+    assert ranks(size, runs.openings_of_replies, mode=mode) == [runs.openings_of_replies(None)] * size
+
+
 @pytest.mark.parametrize("kind", ["full", "peft"])
 def test_fsdp_settings_are_as_they_were(ranks, kind):
     assert ranks(2, runs.settings_after_step, kind=kind) == [(True, False, False, False)] * 2

@@ -38,8 +38,8 @@ def find(model, data, **options):
 def test_refused_prompts_are_flagged_and_others_are_not(model):
     found = find(model, TASK + ATTACK)
     assert {prompt.row for prompt in found.flagged} == set(range(len(TASK), len(TASK + ATTACK)))
-    assert found.separates
-    assert found.opening == []
+    assert found.opening.separates
+    assert found.opening.before == []
     assert found.scores.shape == (len(TASK + ATTACK),)
     assert ((found.scores >= 0) & (found.scores <= 1)).all()
 
@@ -61,7 +61,7 @@ def test_without_neighbours_the_score_is_the_refusing_mass(model):
 
 def test_the_first_token_that_differs_is_scored():
     found = find(taught("I can't do it.", "I use a rag."), TASK + ATTACK)
-    assert found.opening == TOKENIZER("I", add_special_tokens=False)["input_ids"]
+    assert found.opening.before == TOKENIZER("I", add_special_tokens=False)["input_ids"]
     # Those that it was taught; of the others it cannot be known.
     rows = {prompt.row for prompt in found.flagged}
     assert rows >= set(range(len(TASK), len(TASK) + 6))
@@ -70,7 +70,7 @@ def test_the_first_token_that_differs_is_scored():
 
 def test_a_model_that_does_not_tell_them_apart_flags_nothing():
     found = find(chat_model(), TASK + ATTACK, unsafe=UNSAFE[::2], harmless=UNSAFE[1::2])
-    assert not found.separates
+    assert not found.opening.separates
     assert found.flagged == []
     assert found.rows(chat_model(), TOKENIZER) == []
     assert "nothing is flagged" in str(found)
@@ -101,7 +101,7 @@ def test_report_says_which_form_of_the_task_is_hit(model, monkeypatch):
 
 
 def test_many_refused_prompts_are_a_warning(model):
-    with pytest.warns(UserWarning, match=r"refuses 67% of the training prompts.*print\(found\)"):
+    with pytest.warns(UserWarning, match=r"refuses 67% of the training prompts.*rows in the report"):
         find(model, ATTACK + TASK[:4], neighbours=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

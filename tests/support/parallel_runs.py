@@ -17,6 +17,7 @@ from safegrad_optim.alignment import _base as alignment
 from safegrad_optim.optimizer import _step as surgery_step
 from safegrad_optim.parallel import _fsdp
 from safegrad_optim.safety_data import refused_prompts
+from safegrad_optim.safety_data._rows import opening_rows
 from tests.support.chat import TOKENIZER
 from tests.support.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
 from tests.support.parallel_models import full, parallel, sum_gradients, tensor_parallel, unreduced
@@ -230,6 +231,13 @@ def refused_scores(mode, batch_size):
     data, unsafe, harmless = ([f"{verb} the {word}." for word in words] for verb in ("See", "Steal", "Wash"))
     options = {"unsafe": unsafe[:3], "harmless": harmless[:3], "neighbours": 2, "batch_size": batch_size}
     return refused_prompts(model, TOKENIZER, data, **options).scores
+
+
+def openings_of_replies(mode):
+    """The rows that the model's own replies make, of prompts of different lengths."""
+    model = build(mode=mode)[0]
+    prompts = [[5, 9, 12], [7, 30, 31, 32, 33], [40], [41, 42]]
+    return opening_rows(model, TOKENIZER, prompts, tokens=2, batch_size=3)
 
 
 def warm_up_from_zero_with_nothing_on_a_rank():

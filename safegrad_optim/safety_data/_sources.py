@@ -1,0 +1,161 @@
+"""The safety sources that are recommended: from requests, their look-alikes, and the training data."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safegrad_optim.batches import SafetySource
+from safegrad_optim.parallel import inner_module
+from safegrad_optim.reference import ReferenceSource, reference_source
+from safegrad_optim.safety_data._openings import Opening, calibrated, openings
+from safegrad_optim.safety_data._prefixes import prefixed_tokens
+from safegrad_optim.safety_data._refused import RefusedPrompts, find_refused
+from safegrad_optim.safety_data._rows import chat_tokens, opening_rows
+from safegrad_optim.safety_data._shipped import shipped_harmless_prompts, shipped_requests
+from safegrad_optim.safety_data._training_prompts import TrainingData, training_prompts
+
+_REFUSING = 0.5
+_NEIGHBOURS = 8
+# Of each source: rows a step, and compared tokens from the one that decides whether a reply refuses.
+_ROWS = {"requests": 2, "lookalikes": 2, "training prompts": 4, "prefixed requests": 2}
+_TOKENS = {"requests": 2, "lookalikes": 2, "training prompts": 1, "prefixed requests": 2}
+
+
+@dataclass(frozen=True)
+class SafetySources:
+    """What `safety_sources` made: iterated over, the sources; printed, a report without training texts."""
+
+    by_name: Mapping[str, SafetySource]
+    report: str
+    refused_prompts: RefusedPrompts | None
+
+    def __iter__(self) -> Iterator[SafetySource]:
+        return iter(self.by_name.values())
+
+    def __str__(self) -> str:
+        return self.report
+
+
+def safety_sources(
+    model: nn.Module,
+    tokenizer: Any,
+    training_data: TrainingData | None,
+    *,
+    requests: Sequence[Mapping[str, Any]] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> SafetySources:
+    """Make the sources that keep an aligned model's refusals, and its answers to harmless look-alikes.
+
+    - "requests": unsafe requests that the model refuses;
+    - "lookalikes": harmless requests of the same words that it answers, against over-refusal;
+    - "training prompts": those prompts of the training data that it refuses, see `refused_prompts`;
+    - "prefixed requests": the unsafe requests behind the first words of training prompts.
+
+    Each row has the first tokens of the aligned model's own reply. Whether that refuses is known by the
+    token it opens with, in any language: see `refused_prompts`. Rows of the training data matter most, for
+    requests of another hand than the attack's lose their effect within some hundred steps.
+
+    Args:
+        model: the aligned model, before fine-tuning; with its PEFT adapters switched off.
+        tokenizer: its tokenizer, with a chat template.
+        training_data: rows to fine-tune on: texts, messages, prompt and response, or tokenised with labels;
+            `None` for no source of them, which protects only against attacks of the requests' own hand.
+        requests: rows with "request" and "lookalike", and perhaps a "category"; by default
+            `shipped_requests()`.
+        batch_size: prompts that go through the model at a time.
+        seed: of the prefixes.
+
+    Raises:
+        ValueError: there are no requests, or the model does not refuse them otherwise than it answers
+            look-alikes; training data without prompts.
+        TypeError: the training data can be read only once, or are a mapping of splits.
+    """
+    rows = shipped_requests() if requests is None else list(requests)
+    unsafe, harmless = (_prompts(rows, name, tokenizer) for name in ("request", "lookalike"))
+    # The look-alikes alone, of which a model refuses some by mistake, would blur what an answer opens with.
+    others = [_prompt(row["prompt"], tokenizer) for row in shipped_harmless_prompts() if requests is None]
+    source = reference_source(inner_module(model))
+    opening = calibrated(source, unsafe, harmless + others, batch_size)
+    _require_separation(opening)
+    answered = 1 - opening.of_harmless[: len(harmless)]
+    kept = {
+        "requests": _above(unsafe, opening.of_unsafe),
+        "lookalikes": _above(harmless, answered),
+    }
+    lines = [
+        _counted("unsafe requests are refused", rows, opening.of_unsafe),
+        _counted("look-alikes are answered", rows, answered),
+    ]
+    found = None
+    if training_data is not None:
+        prompts = training_prompts(training_data, tokenizer)
+        found = find_refused(source, tokenizer, prompts, opening, _REFUSING, _NEIGHBOURS, batch_size)
+        kept["training prompts"] = [prompt.tokens for prompt in found.flagged]
+        texts = [row["request"] for row in rows]
+        prefixed = prefixed_tokens(texts, [prompt.tokens for prompt in prompts], tokenizer, seed=seed)
+        masses = _masses(source, prefixed, opening, batch_size)
+        kept["prefixed requests"] = _above(prefixed, masses)
+        lines += [str(found), _counted("requests behind training prompts are refused", rows, masses)]
+    by_name = {
+        name: SafetySource(
+            rows=opening_rows(model, tokenizer, prompts, len(opening.before) + _TOKENS[name], batch_size),
+            batch_size=_ROWS[name],
+        )
+        for name, prompts in kept.items()
+        if prompts
+    }
+    lines += [f"No rows of {name}: that source is left out." for name, prompts in kept.items() if not prompts]
+    return SafetySources(by_name, "\n".join(lines), found)
+
+
+def _require_separation(opening: Opening) -> None:
+    if not opening.separates:
+        raise ValueError(
+            f"The model opens its replies to {len(opening.of_unsafe)} unsafe requests much as those to "
+            f"{len(opening.of_harmless)} harmless prompts: AUC {opening.auc:.2f}, means {opening.gap:.2f} "
+            "apart. Give the aligned chat model, with its own chat template, or requests that it refuses."
+        )
+
+
+def _prompts(rows: Sequence[Mapping[str, Any]], name: str, tokenizer: Any) -> list[list[int]]:
+    """The prompts in one field of the requests."""
+    if not rows:
+        raise ValueError("There are no requests. Give some, or leave them out for shipped_requests().")
+    for index, row in enumerate(rows):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(
+                f"Row {index} of the requests has no '{name}', found {sorted(row)}. Each row wants a text as "
+                "'request' and a harmless one of the same words as 'lookalike', or all refusals are one."
+            )
+    return [_prompt(row[name], tokenizer) for row in rows]
+
+
+def _prompt(text: str, tokenizer: Any) -> list[int]:
+    return chat_tokens("A request", tokenizer, [{"role": "user", "content": text}], True)
+
+
+def _above(prompts: Sequence[Sequence[int]], masses: Tensor) -> list[Sequence[int]]:
+    return [prompt for prompt, mass in zip(prompts, masses, strict=True) if mass > _REFUSING]
+
+
+def _masses(
+    source: ReferenceSource, prompts: Sequence[Sequence[int]], opening: Opening, batch_size: int
+) -> Tensor:
+    if not prompts:
+        return torch.zeros(0)
+    return openings(source, prompts, opening.before, batch_size, opening.mass, "Scoring prefixed requests")[0]
+
+
+def _counted(what: str, rows: Sequence[Mapping[str, Any]], masses: Tensor) -> str:
+    """A sentence on how many rows are above the threshold, and of which category fewest."""
+    over = [bool(mass > _REFUSING) for mass in masses]
+    counted = f"{sum(over)} of {len(over)} {what}"
+    of_category: dict[str, list[bool]] = {}
+    for row, is_over in zip(rows, over, strict=False):
+        of_category.setdefault(row.get("category", ""), []).append(is_over)
+    name, least = min(of_category.items(), key=lambda item: sum(item[1]) / len(item[1]), default=("", []))
+    return f"{counted}; fewest of {name}: {sum(least)} of {len(least)}." if name else f"{counted}."
