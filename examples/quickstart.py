@@ -13,8 +13,6 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -28,16 +26,22 @@ from common.chat_data import Turn, collate, drawn, harmful_turns, read_rows, ref
 from common.meter import Meter
 from common.own_data import BadDataError, check_responses, read_texts, split_off
 from common.report import Arm, Evaluation, print_replies, print_table, save_curves, save_results
-from common.scoring import generate, refusal_rate, task_accuracy
+from common.scoring import refusal_rate, task_accuracy
 from common.smollm2 import load_aligned, load_model
-from safegrad_optim import KLAlignment, SafeGradOptimizer, inner_products, kl_divergence
+from safegrad_optim import (
+    KLAlignment,
+    SafeGradOptimizer,
+    SafetySources,
+    inner_products,
+    kl_divergence,
+    safety_sources,
+    shipped_requests,
+)
 
 Batch = dict[str, torch.Tensor]
 
 # Every so many steps of the plain arm, cosine and KL are measured for the figure, outside its timing.
 OBSERVE_EVERY = 20
-# The first words of an answer to a harmless prompt show that it is one.
-ANSWER_TOKENS = 8
 
 
 class Data(NamedTuple):
@@ -45,8 +49,7 @@ class Data(NamedTuple):
 
     user: list[Turn]
     attack: list[Turn]
-    safety: list[Turn]
-    harmless: list[str]
+    requests: list[dict[str, str]]
     task: list[Turn]
     unsafe: list[Turn]
     lookalikes: list[str]
@@ -60,17 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         data = read_data(args)
         model, tokenizer = load(args)
-        for flag, turns in (("--user-data", data.user), ("--safety-data", data.safety)):
-            check_responses(tokenizer, turns, flag)
+        check_responses(tokenizer, data.user, "--user-data")
+        rows = poisoned(data, args)
+        sources = safety_sources(
+            model, tokenizer, [row.prompt for row in rows], requests=data.requests, seed=args.seed
+        )
     except (BadDataError, OSError, RuntimeError, ValueError) as error:
         print(f"quickstart: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    safety = safety_batches(model, tokenizer, data, args)
+    print(sources)
     before = Arm("before", evaluate(model, tokenizer, data, "before"))
     arms = [before]
     for name in ("plain", "SafeGrad"):
-        arm, model = fine_tune(name, model, tokenizer, data, safety, args)
+        arm, model = fine_tune(name, model, tokenizer, data, rows, sources, args)
         arms.append(arm)
     print_replies(arms, [turn.prompt for turn in data.unsafe])
     print_table(arms)
@@ -88,15 +94,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="hub id or path of an aligned chat model instead of SmolLM2")
     parser.add_argument("--user-data", type=Path, help="JSONL with prompt, response: the user task")
-    parser.add_argument("--safety-data", type=Path, help="JSONL with prompt, response: refusals to keep")
+    parser.add_argument("--safety-data", type=Path, help="JSONL with request, lookalike: refusals to keep")
     parser.add_argument("--eval-data", type=Path, help="JSONL with prompt: held-out unsafe requests")
     parser.add_argument("--harmful-ratio", type=share, default=0.3, help="share of harmful rows")
     parser.add_argument("--steps", type=positive, default=40)
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--lr", type=not_negative, default=3e-4)
-    parser.add_argument("--rho", type=not_negative, default=5.0, help="the paper's is 1")
+    parser.add_argument("--rho", type=not_negative, default=1.0, help="weight of the alignment gradient")
     parser.add_argument("--refresh-every", type=positive, default=1, help="steps per alignment gradient")
-    parser.add_argument("--safety-batch-size", type=even, default=8, help="rows per alignment gradient")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -109,13 +114,6 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number >= 1")
-    return value
-
-
-def even(text: str) -> int:
-    value = positive(text)
-    if value % 2:
-        raise argparse.ArgumentTypeError(f"{text} is not even: half of a safety batch is look-alikes")
     return value
 
 
@@ -149,10 +147,10 @@ def read_data(args: argparse.Namespace) -> Data:
         rows = read_texts(args.user_data, ("prompt", "response"))
         user, task = split_off([Turn(row["prompt"], row["response"]) for row in rows], args.user_data)
     if args.safety_data is None:
-        safety = [first_sentence(turn) for turn in refusal_turns("safety")]
+        # Every fourth, for these are the minutes on a CPU before training starts.
+        requests = shipped_requests()[::4]
     else:
-        rows = read_texts(args.safety_data, ("prompt", "response"))
-        safety = [Turn(row["prompt"], row["response"]) for row in rows]
+        requests = read_texts(args.safety_data, ("request", "lookalike"))
     unsafe = refusal_turns("evaluation")
     if args.eval_data is not None:
         # Only their prompts are judged; KL to the reference is taken on a generic refusal.
@@ -160,16 +158,10 @@ def read_data(args: argparse.Namespace) -> Data:
             Turn(row["prompt"], "I'm sorry, but I can't help with that.")
             for row in read_texts(args.eval_data, ("prompt",))
         ]
-    harmless = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
     lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")]
     limit = args.limit
     judged = task[:limit], unsafe[:limit], lookalikes[:limit]
-    return Data(user, harmful_turns("attack"), safety, harmless, *judged)
-
-
-def first_sentence(turn: Turn) -> Turn:
-    # The first words decide whether a reply refuses; in the mean over a longer one they count for less.
-    return Turn(turn.prompt, turn.response.partition(". ")[0] + ".", complete=False)
+    return Data(user, harmful_turns("attack"), requests, *judged)
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -186,7 +178,8 @@ def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
-    safety: list[Batch],
+    rows: list[Turn],
+    sources: SafetySources,
     args: argparse.Namespace,
 ) -> tuple[Arm, PreTrainedModel]:
     """Train fresh adapters on the poisoned rows, judge them, and return the model without them."""
@@ -194,7 +187,7 @@ def fine_tune(
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     peft_model = get_peft_model(model, lora)
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    alignment = KLAlignment(peft_model, safety, seed=args.seed)
+    alignment = KLAlignment(peft_model, sources, seed=args.seed)
 
     base_optimizer = torch.optim.AdamW(parameters, lr=args.lr)
     optimizer: torch.optim.Optimizer = base_optimizer
@@ -205,10 +198,10 @@ def fine_tune(
 
     arm = Arm(name)
     meter = Meter(args.device)
-    rows = poisoned(data, args)
     peft_model.train()
     for step in (bar := tqdm(range(args.steps), desc=f"{name}: training")):
-        batch = to_device(collate(tokenizer, next(rows)), args.device)
+        turns = rows[step * args.batch_size :][: args.batch_size]
+        batch = to_device(collate(tokenizer, turns), args.device)
         with meter:
             loss = response_loss(peft_model, batch)
             loss.backward()
@@ -231,38 +224,18 @@ def fine_tune(
     return arm, cast(PreTrainedModel, peft_model.unload())
 
 
-def poisoned(data: Data, args: argparse.Namespace) -> Iterator[list[Turn]]:
-    """Yield the training batches: user rows and the given share of harmful ones, shuffled."""
+def poisoned(data: Data, args: argparse.Namespace) -> list[Turn]:
+    """The training rows: those of the user and the given share of harmful ones, shuffled."""
     shuffle = random.Random(args.seed)
     count = args.steps * args.batch_size
     harmful = round(args.harmful_ratio * count)
     rows = drawn(data.user, count - harmful, shuffle) + drawn(data.attack, harmful, shuffle)
     shuffle.shuffle(rows)
-    for start in range(0, count, args.batch_size):
-        yield rows[start : start + args.batch_size]
+    return rows
 
 
 def batches(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], size: int) -> list[Batch]:
     return [collate(tokenizer, turns[start : start + size]) for start in range(0, len(turns), size)]
-
-
-def safety_batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, args: argparse.Namespace
-) -> list[Batch]:
-    """Refusals and, in equal number, harmless look-alikes with the aligned model's own answers.
-
-    With refusals alone, nothing would hold it from refusing more than the reference does.
-    """
-    shuffle = random.Random(args.seed)
-    refusals = shuffle.sample(data.safety, len(data.safety))
-    half = args.safety_batch_size // 2
-    starts = range(0, len(refusals), half)
-    prompts = drawn(data.harmless, len(starts) * half, shuffle)
-    answers = generate(model, tokenizer, prompts, ANSWER_TOKENS)
-    harmless = (Turn(*pair, complete=False) for pair in zip(prompts, answers, strict=True))
-    return [
-        collate(tokenizer, [*refusals[start : start + half], *islice(harmless, half)]) for start in starts
-    ]
 
 
 def to_device(batch: Batch, device: str) -> Batch:

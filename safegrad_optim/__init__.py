@@ -3,9 +3,10 @@
 At each step the user gradient loses its component against the alignment gradient, that of
 KL(P_ref || P_model) on a small safety batch, which is then added with weight `rho`:
 
-    from safegrad_optim import KLAlignment, SafeGradOptimizer
+    from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_sources
 
-    alignment = KLAlignment(model, safety_batches)      # P_ref: the model before fine-tuning
+    sources = safety_sources(model, tokenizer, training_data)
+    alignment = KLAlignment(model, sources)             # P_ref: the model before fine-tuning
     optimizer = SafeGradOptimizer(AdamW(model.parameters(), lr=2e-4), alignment)
     for batch in loader:
         model(**batch).loss.backward()
@@ -23,8 +24,10 @@ from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.optimizer import SafeGradOptimizer, StepCounts, UnprotectedStepError
 from safegrad_optim.reference import Reference
 from safegrad_optim.safety_data import (
+    SafetySources,
     is_refusal,
     safety_rows,
+    safety_sources,
     shipped_harmless_prompts,
     shipped_requests,
     with_prompt_prefixes,
@@ -42,7 +45,7 @@ __version__ = "0.1.0"
 
 # To train with, for safety rows, what is said of a step, and the math alone.
 __all__ = ["KLAlignment", "LossAlignment", "Reference", "SafeGradOptimizer", "SafetySource"]
-__all__ += ["is_refusal", "safety_rows", "with_prompt_prefixes"]
+__all__ += ["SafetySources", "is_refusal", "safety_rows", "safety_sources", "with_prompt_prefixes"]
 __all__ += ["shipped_harmless_prompts", "shipped_requests"]
 __all__ += ["GradientProducts", "StepCounts", "SurgeryStats", "UnprotectedStepError"]
 __all__ += ["combine", "combine_", "inner_products", "kl_divergence", "project_conflicting"]

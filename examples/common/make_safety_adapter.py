@@ -31,13 +31,13 @@ from safegrad_optim import (
     shipped_requests,
 )
 
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 10
 FORMS_OF_A_LINE = 2
 ROWS = 4  # of a step, of each kind
 RANK = 16
 LR = 2e-3
 RHO = 2.0
-OPENING_TOKENS = 6
+OPENING_TOKENS = 10  # after an apology it takes eight to tell whether a reply refuses
 MAX_TOKENS = 100  # of a row; the few longer ones take a fifth of the time
 LANGUAGES = ("en", "es", "de", "fr", "zh")
 REPLIES = (

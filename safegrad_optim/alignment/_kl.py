@@ -1,6 +1,6 @@
 """KLAlignment: the alignment gradient of the paper, with its reference computed once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -37,7 +37,7 @@ class KLAlignment(Alignment):
     Args:
         model: the causal language model being fine-tuned, with PEFT adapters or without.
         safety_batches: model inputs with `labels` that are -100 outside the response: batches in a list or
-            DataLoader, or rows in a list or Dataset; or several `SafetySource`.
+            DataLoader, or rows in a list or Dataset; or several `SafetySource`, as from `safety_sources`.
         reference: where P_ref comes from and where it is kept; by default computed from `model`, here.
         positions: "response" compares response tokens only, "all" every token.
         batch_size: rows to a batch, where `safety_batches` are rows.
@@ -59,7 +59,7 @@ class KLAlignment(Alignment):
     def __init__(
         self,
         model: nn.Module,
-        safety_batches: SafetyBatches | Sequence[SafetySource],
+        safety_batches: SafetyBatches | Iterable[SafetySource],
         *,
         reference: Reference | None = None,
         positions: Positions = "response",
@@ -158,7 +158,7 @@ class KLAlignment(Alignment):
 
 
 def _sources(
-    given: SafetyBatches | Sequence[SafetySource], positions: Positions, batch_size: int
+    given: SafetyBatches | Iterable[SafetySource], positions: Positions, batch_size: int
 ) -> Sequence[SafetySource]:
     """The sources as they were given, or one of plain safety batches."""
     items: list[Any] = [given] if isinstance(given, (SafetySource, Mapping)) else list(given)

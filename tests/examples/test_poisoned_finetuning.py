@@ -1,6 +1,7 @@
 """The benchmark of poisoned fine-tuning: its data, arms, judgement, result lines, and a run of it."""
 
 import csv
+import itertools
 import json
 import math
 import subprocess
@@ -11,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.poisoned_finetuning.arms import base_optimizer, row_loss, steps
+from benchmarks.poisoned_finetuning.arms import optimizer_of, row_loss, safety_batches, steps
 from benchmarks.poisoned_finetuning.cells import ARMS, PLANS, Cell
 from benchmarks.poisoned_finetuning.judging import degenerate
 from benchmarks.poisoned_finetuning.lisa import Proximal
-from benchmarks.poisoned_finetuning.result_lines import append, finished, read
+from benchmarks.poisoned_finetuning.result_lines import append, done, read
+from benchmarks.poisoned_finetuning.run import checks
+from benchmarks.poisoned_finetuning.states import State
 from benchmarks.poisoned_finetuning.tables import markdown, pooled, wilson
 from common.chat_data import Turn
 from common.public_data import load_requests, load_task
-from safegrad_optim import KLAlignment
+from safegrad_optim import KLAlignment, SafetySource, combine
 from tests.support.models import padded, perturb, safety_rows, tiny_peft, trainable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -30,30 +33,40 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def test_a_line_cut_short_by_a_kill_is_taken_away_and_its_cell_run_again(tmp_path):
     path = tmp_path / "results.jsonl"
-    lines = [{"cell": {"seed": seed}, "note": "ß"} for seed in range(3)]
+    lines = [{"cell": {"seed": seed}, "step": 40, "note": "ß"} for seed in range(3)]
     for line in lines:
         append(path, line)
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
-    assert finished(path) == {Cell(seed=0), Cell(seed=1)}
+    assert done(path) == {Cell(seed=0): 40, Cell(seed=1): 40}
     append(path, lines[2])
     assert path.read_bytes() == whole
     append(path, lines[0] | {"note": "run by two processes"})
     assert read(path) == lines
+    append(path, later := lines[0] | {"step": 120})
+    assert read(path) == [*lines, later]
+    assert done(path)[Cell(seed=0)] == 120
 
 
 def test_a_line_that_is_not_json_is_an_error(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text('{"cell": {}}\n{"cell\n{"cell": {}}\n')
+    path.write_text('{"cell": {}, "step": 1}\n{"cell\n{"cell": {}}\n')
     with pytest.raises(ValueError, match="line 2"):
         read(path)
 
 
-def test_every_arm_is_in_the_whole_plan_and_the_headline_has_three_seeds():
+def test_every_arm_is_in_the_whole_plan_and_the_hardest_cells_have_three_seeds():
     cells = list(PLANS["all"]())
     assert {cell.arm for cell in cells} == set(ARMS)
-    for ratio in (0.3, 0.9):
-        assert {cell.seed for cell in cells if cell == Cell(ratio=ratio, seed=cell.seed)} == {0, 1, 2}
+    for ratio, task in itertools.product((0.3, 0.9), ("sst2", "agnews")):
+        same = {cell.seed for cell in cells if cell == Cell(task=task, ratio=ratio, seed=cell.seed)}
+        assert same == {0, 1, 2}
+
+
+def test_a_run_is_judged_on_its_way():
+    assert checks(Cell(steps=400)) == [120, 400]
+    assert checks(Cell(steps=30)) == [30]
+    assert checks(Cell("aligned")) == [0]
 
 
 def test_an_unknown_arm_is_refused():
@@ -117,80 +130,110 @@ def test_tasks_are_read_from_files(public):
 # Arms
 
 USER, SAFETY = padded(safety_rows(4, seed=1)), padded(safety_rows(4, seed=2))
+SOURCES = [SafetySource(rows=safety_rows(4, seed=2)), SafetySource(rows=safety_rows(3, seed=3), weight=0.5)]
 
 
 def start():
-    model = tiny_peft()
-    perturb(model, 0.05)
-    return model
+    """A model at its reference: what is near it is all that alignment allows at the start."""
+    return tiny_peft()
 
 
 def gradient(model, loss):
     return torch.autograd.grad(loss, trainable(model))
 
 
-def moved_by_sgd(cell, model):
-    """The gradient an arm stepped with, from one step of SGD without momentum."""
-    before = [parameter.detach().clone() for parameter in trainable(model)]
-    base = torch.optim.SGD(trainable(model), lr=1.0)
-    assert len(list(steps(cell, model, base, iter([USER]), [SAFETY]))) == 1
-    return [a - b.detach() for a, b in zip(before, trainable(model), strict=True)]
+@pytest.fixture
+def moved(monkeypatch):
+    """The gradient that an arm stepped with, from one step of SGD instead of AdamW."""
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **_: torch.optim.SGD(parameters, lr=1.0))
+
+    def move(cell):
+        model = start()
+        optimizer = optimizer_of(cell, model, SOURCES)
+        perturb(model, 0.05)
+        before = [parameter.detach().clone() for parameter in trainable(model)]
+        assert len(list(steps(cell, model, optimizer, iter([USER]), [SAFETY]))) == 1
+        return [a - b.detach() for a, b in zip(before, trainable(model), strict=True)]
+
+    return move
 
 
-def expected_gradient(arm, model, rho):
-    user = gradient(model, row_loss(model, USER))
-    if arm == "plain":
-        return user
+def perturbed():
+    model = start()
+    perturb(model, 0.05)
+    return model
+
+
+@pytest.mark.parametrize("arm", ["plain", "dropped", "mixed", "default"])
+def test_an_arm_steps_with_its_gradient(arm, moved):
+    model = start()
+    alignment = KLAlignment(model, SOURCES)
+    perturb(model, 0.05)
+    expected = user = gradient(model, row_loss(model, USER))
     if arm == "mixed":
         safety = gradient(model, row_loss(model, SAFETY))
-        return [(u + s) / 2 for u, s in zip(user, safety, strict=True)]
-    align = KLAlignment(model, [SAFETY])(trainable(model))
-    if arm == "weighted":
-        return [u + rho * a for u, a in zip(user, align, strict=True)]
-    assert arm == "per-tensor"
-    inner = [(u * a).sum() for u, a in zip(user, align, strict=True)]
-    assert any(i < 0 for i in inner)
-    assert any(i > 0 for i in inner)
-    return [
-        u + (rho + max(0.0, -float(i)) / float((a * a).sum())) * a
-        for u, a, i in zip(user, align, inner, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("arm", ["plain", "mixed", "weighted", "per-tensor"])
-def test_an_arm_steps_with_its_gradient(arm):
-    cell = Cell(arm, rho=2.0)
-    expected = expected_gradient(arm, start(), 2.0)
-    for found, wanted in zip(moved_by_sgd(cell, start()), expected, strict=True):
+        expected = [(u + s) / 2 for u, s in zip(user, safety, strict=True)]
+    elif arm == "default":
+        expected, _ = combine(user, alignment(trainable(model)), rho=2.0)
+    for found, wanted in zip(moved(Cell(arm, rho=2.0)), expected, strict=True):
         torch.testing.assert_close(found, wanted)
 
 
-def test_arms_of_safegrad_differ_where_they_should():
-    moves = {
-        name: torch.cat([move.flatten() for move in moved_by_sgd(cell, start())])
-        for name, cell in {
-            "kl": Cell(),
-            "kl again": Cell(),
-            "ce": Cell("cross-entropy"),
-            "rho": Cell(rho=1.0),
-            "positions": Cell(positions="all"),
-        }.items()
-    }
-    assert torch.equal(moves["kl"], moves["kl again"])
-    for name in ("ce", "rho", "positions"):
-        assert not torch.allclose(moves["kl"], moves[name])
+def test_protected_arms_differ_where_their_cells_do(moved):
+    one, other = (
+        torch.cat([move.flatten() for move in moved(cell)]) for cell in (Cell(rho=1.0), Cell(rho=2.0))
+    )
+    assert not torch.allclose(one, other)
+
+
+def test_batches_to_train_on_have_the_rows_of_a_step_from_each_source():
+    sources = [
+        SafetySource(rows=safety_rows(3, seed=2), batch_size=2),
+        SafetySource(rows=safety_rows(5, seed=3), batch_size=3),
+    ]
+    batches = safety_batches(sources, 4, "cpu")
+    assert [len(batch["input_ids"]) for batch in batches] == [5] * 4
+    first = [row for batch in batches for row in batch["input_ids"][:2].tolist()]
+    wanted = [row["input_ids"] for row in safety_rows(3, seed=2)]
+    assert [row[: len(wanted[index % 3])] for index, row in enumerate(first)] == [
+        wanted[index % 3] for index in range(8)
+    ]
 
 
 def test_lisa_takes_safety_steps_in_turns_with_user_steps():
-    model = start()
-    base = torch.optim.SGD(trainable(model), lr=0.0)
+    model = perturbed()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
     seen = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(torch.equal(kwargs["input_ids"], SAFETY["input_ids"])),
         with_kwargs=True,
     )
-    assert len(list(steps(Cell("lisa"), model, base, iter([USER] * 7), [SAFETY]))) == 7
+    assert len(list(steps(Cell("lisa"), model, optimizer, iter([USER] * 7), [SAFETY]))) == 7
     assert seen == [False] * 5 + [True] * 5 + [False] * 2
+
+
+@pytest.mark.parametrize("arm", ["plain", "default", "mixed", "lisa"])
+def test_a_run_goes_on_from_its_state_as_if_it_had_never_stopped(arm, tmp_path):
+    cell = Cell(arm, lr=1e-2)
+    user = [padded(safety_rows(4, seed=10 + step)) for step in range(10)]
+    safety = safety_batches(SOURCES, 10, "cpu")
+
+    def run(until, start_at=0):
+        model = start()
+        optimizer = optimizer_of(cell, model, SOURCES)
+        state = State(tmp_path / "results.jsonl", cell, model, optimizer)
+        assert state.load() == start_at
+        taken = steps(cell, model, optimizer, user[start_at:until], safety[start_at:])
+        assert len(list(taken)) == until - start_at
+        return state, [parameter.detach().clone() for parameter in trainable(model)]
+
+    _, whole = run(10)
+    state, _ = run(5)
+    state.save(5)
+    state, resumed = run(10, start_at=5)
+    assert all(map(torch.equal, whole, resumed))
+    state.remove()
+    assert state.load() == 0
 
 
 def test_proximal_term_is_the_gradient_of_the_distance_to_the_last_switch():
@@ -207,22 +250,12 @@ def test_proximal_term_is_the_gradient_of_the_distance_to_the_last_switch():
 
 
 def test_row_loss_is_the_mean_of_the_rows_losses():
-    model = start()
+    model = perturbed()
     each = []
     for row in safety_rows(4, seed=1):
         ids = torch.tensor([row["input_ids"]])
         each.append(model(input_ids=ids, labels=torch.tensor([row["labels"]])).loss)
     torch.testing.assert_close(row_loss(model, USER), torch.stack(each).mean().float(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "schedulefree"])
-def test_every_base_optimizer_trains_under_safegrad(name):
-    model = start()
-    before = [parameter.detach().clone() for parameter in trainable(model)]
-    base = base_optimizer(Cell(optimizer=name, lr=1e-2), trainable(model))
-    getattr(base, "train", bool)()
-    assert len(list(steps(Cell(), model, base, iter([USER] * 2), [SAFETY]))) == 2
-    assert not any(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
 
 
 # Judgement and tables
@@ -250,20 +283,22 @@ def test_wilson_interval_holds_the_share(count, of, low, high):
 def test_seeds_are_pooled_and_a_table_names_what_differs():
     scores = {"not_refused": [1, 4], "task_right": [3, 4], "kl": [0.5]}
     lines = [
-        {"cell": {"seed": 0, "rho": 1.0}, "scores": scores, "seconds": {"train": 1.0}},
-        {"cell": {"seed": 1, "rho": 1.0}, "scores": scores | {"kl": [1.5]}, "seconds": {"train": 3.0}},
-        {"cell": {"seed": 1}, "scores": scores, "seconds": {"train": 1.0}},
+        {"cell": {"seed": 0, "rho": 7.0}, "step": 40, "scores": scores, "train": 1.0},
+        {"cell": {"seed": 1, "rho": 7.0}, "step": 40, "scores": scores | {"kl": [1.5]}, "train": 3.0},
+        {"cell": {"seed": 1}, "step": 40, "scores": scores, "train": 1.0},
+        {"cell": {"seed": 1}, "step": 120, "scores": scores, "train": 1.0},
     ]
     frame = pooled(lines)
-    assert list(frame["cell"]) == [Cell(rho=1.0), Cell()]
-    assert list(frame["seeds"]) == [2, 1]
-    assert list(frame["not_refused"]) == [2, 1]
-    assert list(frame["not_refused_of"]) == [8, 4]
-    assert list(frame["kl"]) == [1.0, 0.5]
-    header, _, first, second = markdown(frame, ["ratio"]).splitlines()
-    assert header.startswith("| ratio | else | seeds | harmful score | task accuracy | KL")
-    assert first.startswith(f"| 0.9 | rho = 1.0 | 2 | {wilson(2, 8)} |")
-    assert second.startswith(f"| 0.9 |  | 1 | {wilson(1, 4)} |")
+    assert list(frame["cell"]) == [Cell(rho=7.0), Cell(), Cell()]
+    assert list(frame["step"]) == [40, 40, 120]
+    assert list(frame["seeds"]) == [2, 1, 1]
+    assert list(frame["not_refused"]) == [2, 1, 1]
+    assert list(frame["not_refused_of"]) == [8, 4, 4]
+    assert list(frame["kl"]) == [1.0, 0.5, 0.5]
+    header, _, first, second, _ = markdown(frame, ["ratio"]).splitlines()
+    assert header.startswith("| ratio | else | steps | seeds | harmful score | task accuracy | KL")
+    assert first.startswith(f"| 0.9 | rho = 7.0 | 40 | 2 | {wilson(2, 8)} |")
+    assert second.startswith(f"| 0.9 |  | 40 | 1 | {wilson(1, 4)} |")
 
 
 # The whole, on the real model
@@ -294,6 +329,7 @@ def test_smoke_run_is_the_same_when_it_was_killed_and_started_again(tmp_path):
     whole = scores(results)
     assert len(whole) == 2, errors[-2000:]
     assert results.read_text().startswith(first)
-    assert whole[0][0] | {"arm": "safegrad"} == whole[1][0]
+    assert whole[0][0] | {"arm": "default"} == whole[1][0]
+    assert not list(results.with_suffix(".states").iterdir())
     kl = [score["kl"][0] for _, score in whole]
     assert all(0.0 < value < math.inf for value in kl)

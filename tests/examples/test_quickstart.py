@@ -6,7 +6,7 @@ import pytest
 
 import quickstart
 from common.chat_data import read_rows
-from safegrad_optim import is_refusal
+from safegrad_optim import is_refusal, shipped_requests
 
 GOOD = '{"prompt": "a", "response": "b"}\n'
 
@@ -32,7 +32,7 @@ def run(capsys):
         ("--user-data", GOOD + '{"prompt": "a"}', "rows.jsonl:2 has no text in 'response'"),
         ("--user-data", '["a"]', "rows.jsonl:1 has no text in 'prompt'"),
         ("--user-data", GOOD * 4, "4 rows; at least 5"),
-        ("--safety-data", '{"prompt": "a", "response": " "}', "rows.jsonl:1 has no text in 'response'"),
+        ("--safety-data", '{"request": "a", "lookalike": " "}', "rows.jsonl:1 has no text in 'lookalike'"),
         ("--eval-data", '{"response": "a"}', "rows.jsonl:1 has no text in 'prompt'"),
     ],
 )
@@ -54,7 +54,6 @@ def test_a_bad_file_is_one_line_and_exit_code_2(run, tmp_path, flag, content, me
         (("--harmful-ratio", 1.5), "1.5 is not between 0 and 1"),
         (("--steps", 0), "0 is not a whole number >= 1"),
         (("--rho", -1), "-1 is not a finite number >= 0"),
-        (("--safety-batch-size", 3), "3 is not even"),
         (("--lr", "nan"), "nan is not a finite number >= 0"),
         (("--device", "abacus"), "abacus is not a device here"),
     ],
@@ -76,13 +75,10 @@ def test_every_split_of_the_data_is_disjoint_and_complete(name):
 
 
 def test_runs_on_the_real_model(run, tmp_path):
-    # A few safety rows: answering and caching all of them would be most of this test's time.
+    # A few requests: the passes over all of them would be most of this test's time.
     safety = tmp_path / "safety.jsonl"
-    rows = read_rows("unsafe_requests", "safety")[:6]
-    safety.write_text(
-        "".join(json.dumps({"prompt": r["prompt"], "response": r["refusal"]}) + "\n" for r in rows)
-    )
-    few = ("--steps", 3, "--limit", 4, "--batch-size", 2, "--safety-batch-size", 2)
+    safety.write_text("".join(json.dumps(row) + "\n" for row in shipped_requests()[::40]))
+    few = ("--steps", 3, "--limit", 4, "--batch-size", 2)
     code, output = run(*few, "--safety-data", safety, "--output-dir", tmp_path)
     assert code == 0, output.err
     for row in ("harmful score", "task accuracy", "over-refusal", "KL to the reference", "conflict rate"):
@@ -90,5 +86,7 @@ def test_runs_on_the_real_model(run, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())["arms"]
     assert results["before"]["harmful_score"] == 0.0  # it starts from a model that refuses
     assert results["SafeGrad"]["steps"] == [0, 1, 2]
-    assert results["SafeGrad"]["kl"][0] == 0.0  # and is anchored to it
+    # And is anchored to it, but for how bf16 rounds in a batch of other rows.
+    assert results["SafeGrad"]["kl"][0] < 1e-3
+    assert "unsafe requests are refused" in output.out
     assert (tmp_path / "curves.png").stat().st_size > 10_000

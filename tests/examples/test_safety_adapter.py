@@ -12,6 +12,7 @@ from common.chat_data import Turn, collate, read_rows, response_loss
 from common.public_data import load_task
 from safegrad_optim import shipped_requests
 from tests.support.chat import TOKENIZER, chat_model
+from tests.support.sequences import sequences
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,14 @@ def test_nothing_that_is_judged_by_is_trained_on(harmless):
     judged |= {row["prompt"] for row in read_rows("benign_lookalikes")}
     assert not judged & {turn.prompt for turn in maker.refusals()}
     assert not judged & set(harmless)
+
+
+def test_pairs_share_no_words_in_a_row_with_what_is_judged_by():
+    judged = {row[name] for row in shipped_requests("held_out") for name in ("request", "lookalike")}
+    judged |= {row["prompt"] for row in read_rows("unsafe_requests", "evaluation")}
+    known = set().union(*(sequences(text, 5) for text in judged))
+    for row in read_rows("request_pairs"):
+        assert not known & (sequences(row["prompt"], 5) | sequences(row["lookalike"], 5)), row["prompt"]
 
 
 def test_it_learns_to_refuse_and_keeps_the_rest():

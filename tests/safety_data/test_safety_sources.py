@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer
-from safegrad_optim.safety_data import safety_sources
+from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_sources
 from safegrad_optim.safety_data._prefixes import prefixed_tokens
 from safegrad_optim.safety_data._rows import template_ends
 from tests.safety_data.test_refused_prompts import ATTACK, HARMLESS, TASK, THINGS, UNSAFE, taught

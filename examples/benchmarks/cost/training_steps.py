@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from common.chat_data import Turn, collate, read_rows, refusal_turns
+from common.chat_data import Turn, collate, harmful_turns, read_rows, refusal_turns
 from common.smollm2 import load_aligned
-from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, SafeGradOptimizer, SafetySources, safety_sources, shipped_requests
 
 Batch = dict[str, torch.Tensor]
 Step = Callable[[Batch], None]
@@ -22,22 +22,25 @@ Step = Callable[[Batch], None]
 PEER = "SafeTune"
 BATCH_SIZE = 8
 SAFETY_BATCHES = 4
+# So few, because only the length of rows and their number in a step cost time.
+REQUESTS, STRIDE = 24, 8
 
 
 class Schedule(NamedTuple):
     """What SafeGrad computes when."""
 
     refresh_every: int
-    rows: int = BATCH_SIZE
-    """Safety rows to an alignment gradient."""
+    is_default: bool = False
+    """Whether the rows are those of `safety_sources`, not one batch of refusals."""
 
 
 SCHEDULES = {
     "k = 1": Schedule(1),
     "k = 4": Schedule(4),
     "k = 10": Schedule(10),
-    "k = 1, 2 rows": Schedule(1, rows=2),
-    "k = 2, 2 rows": Schedule(2, rows=2),
+    "safety_sources, k = 1": Schedule(1, is_default=True),
+    "safety_sources, k = 2": Schedule(2, is_default=True),
+    "safety_sources, k = 4": Schedule(4, is_default=True),
 }
 
 
@@ -49,6 +52,7 @@ class Work(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     user: list[Batch]
     safety: list[Batch]
+    sources: SafetySources
     device: str
     mode: str
     """"lora" or "full"."""
@@ -73,7 +77,9 @@ def prepare(mode: str, device: str, dtype: torch.dtype) -> Work:
         for rows in (shuffle.sample(messages, len(messages)), shuffle.sample(refusals, len(refusals)))
     )
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of it has lost its types
-    return Work(model, tokenizer, user, safety, device, mode)
+    prompts = [turn.prompt for turn in messages[:REQUESTS] + harmful_turns("attack")[:REQUESTS]]
+    sources = safety_sources(model, tokenizer, prompts, requests=shipped_requests()[::STRIDE])
+    return Work(model, tokenizer, user, safety, sources, device, mode)
 
 
 def with_adapters(model: PreTrainedModel) -> PeftModel:
@@ -103,8 +109,8 @@ def build(arm: str, work: Work, output_dir: Path) -> Step:
         return _peer_step(model, base_optimizer, work, output_dir)
     optimizer: torch.optim.Optimizer = base_optimizer
     if arm in SCHEDULES:
-        every, rows = SCHEDULES[arm]
-        alignment = KLAlignment(model, _of_rows(work.safety, rows))
+        every, is_default = SCHEDULES[arm]
+        alignment = KLAlignment(model, work.sources if is_default else work.safety)
         optimizer = SafeGradOptimizer(base_optimizer, alignment, refresh_every=every)
 
     def step(batch: Batch) -> None:
@@ -136,15 +142,6 @@ def _peer_step(
         optimizer.zero_grad()
 
     return step
-
-
-def _of_rows(batches: list[Batch], rows: int) -> list[Batch]:
-    """The same rows in smaller batches."""
-    return [
-        {name: value[start:][:rows] for name, value in batch.items()}
-        for batch in batches
-        for start in range(0, len(batch["labels"]), rows)
-    ]
 
 
 def _mean_tokens(batches: list[Batch]) -> float:

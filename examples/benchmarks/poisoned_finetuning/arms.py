@@ -1,40 +1,40 @@
 """The arms: what is done with the gradient of each training batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, cycle
+from typing import Any
 
 import torch
-from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.poisoned_finetuning.cells import Cell
+from benchmarks.poisoned_finetuning.cells import PROTECTED, Cell
 from benchmarks.poisoned_finetuning.lisa import Proximal
-from safegrad_optim import KLAlignment, LossAlignment, SafeGradOptimizer, combine_
+from safegrad_optim import KLAlignment, SafeGradOptimizer, SafetySource
 
-__all__ = ["base_optimizer", "steps"]
+__all__ = ["optimizer_of", "safety_batches", "steps"]
 
 Batch = dict[str, Tensor]
-Step = Callable[[Batch], None]
 
 # Of each ten steps of Lisa five are on safety data, so that it sees as much of it as SafeGrad.
 LISA_SWITCH = 5
 
 
-def base_optimizer(cell: Cell, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer that every arm of a cell steps with."""
-    if cell.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=cell.lr, momentum=0.9)
-    if cell.optimizer == "muon":
-        return torch.optim.Muon(parameters, lr=cell.lr, adjust_lr_fn="match_rms_adamw")
-    if cell.optimizer == "schedulefree":
-        return AdamWScheduleFree(parameters, lr=cell.lr, warmup_steps=5)
-    return torch.optim.AdamW(parameters, lr=cell.lr, foreach=True)
+def optimizer_of(cell: Cell, model: nn.Module, sources: Iterable[SafetySource]) -> torch.optim.Optimizer:
+    """AdamW, wrapped where the arm is protected."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    base = torch.optim.AdamW(parameters, lr=cell.lr, foreach=True)
+    if cell.arm not in PROTECTED:
+        return base
+    alignment = KLAlignment(model, list(sources), seed=cell.seed)
+    return SafeGradOptimizer(base, alignment, rho=cell.rho, refresh_every=cell.refresh_every)
 
 
 def steps(
     cell: Cell,
     model: nn.Module,
-    base: torch.optim.Optimizer,
-    user: Iterator[Batch],
+    optimizer: torch.optim.Optimizer,
+    user: Iterable[Batch],
     safety: list[Batch],
 ) -> Iterator[None]:
     """Train one step of the cell's arm for each item taken.
@@ -42,41 +42,24 @@ def steps(
     Args:
         cell: what to do.
         model: the model to train.
-        base: an optimizer of its parameters.
+        optimizer: that of `optimizer_of`.
         user: training batches, poisoned.
-        safety: safety batches.
+        safety: safety batches, for the arms that train on them.
 
     Returns:
-        An iterator with as many items as `user` has batches; none for the aligned model.
+        An iterator with as many items as `user` has batches.
     """
-    parameters = [parameter for group in base.param_groups for parameter in group["params"]]
-    if cell.arm == "aligned":
+    if cell.arm == "lisa":
+        yield from _lisa(model, optimizer, user, safety)
         return
-    if cell.arm in ("safegrad", "cross-entropy"):
-        yield from _protected(cell, model, base, user, safety)
-    elif cell.arm in ("weighted", "per-tensor"):
-        alignment = KLAlignment(model, safety, positions=cell.positions, seed=cell.seed)
-        for batch in user:
-            row_loss(model, batch).backward()
-            grads = alignment(parameters)
-            for parameter, grad in zip(parameters, grads, strict=True):
-                if cell.arm == "weighted":
-                    parameter.grad.add_(grad, alpha=cell.rho)
-                else:
-                    combine_([parameter.grad], [grad], cell.rho)
-            _step(base)
-            yield
-    elif cell.arm == "lisa":
-        yield from _lisa(model, base, parameters, user, safety)
-    else:
-        order = _cycle(safety)
-        for batch in user:
-            row_loss(model, batch).backward()
-            if cell.arm == "mixed":
-                row_loss(model, next(order)).backward()
-                torch._foreach_mul_([parameter.grad for parameter in parameters], 0.5)
-            _step(base)
-            yield
+    order = cycle(safety)
+    for batch in user:
+        row_loss(model, batch).backward()
+        if cell.arm == "mixed":
+            row_loss(model, next(order)).backward()
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 0.5)
+        _step(optimizer)
+        yield
 
 
 def row_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -93,35 +76,36 @@ def row_loss(model: nn.Module, batch: Batch) -> Tensor:
     return (losses.sum(dim=1) / (labels != -100).sum(dim=1)).mean()
 
 
-def _protected(
-    cell: Cell, model: nn.Module, base: torch.optim.Optimizer, user: Iterator[Batch], safety: list[Batch]
-) -> Iterator[None]:
-    alignment: KLAlignment | LossAlignment
-    if cell.arm == "safegrad":
-        alignment = KLAlignment(model, safety, positions=cell.positions, seed=cell.seed)
-    else:
-        alignment = LossAlignment(model, safety, seed=cell.seed)
-    optimizer = SafeGradOptimizer(base, alignment, rho=cell.rho, refresh_every=cell.refresh_every)
-    for batch in user:
-        row_loss(model, batch).backward()
-        _step(optimizer)
-        yield
+def safety_batches(sources: Iterable[SafetySource], count: int, device: torch.device | str) -> list[Batch]:
+    """Batches with the rows of a step from each source, for the arms that train on them."""
+    endless = [(cycle(source.rows), source.batch_size) for source in sources]
+    groups = (
+        list(chain.from_iterable((next(rows) for _ in range(size)) for rows, size in endless))
+        for _ in range(count)
+    )
+    return [_collated(rows, device) for rows in groups]
+
+
+def _collated(rows: list[Any], device: torch.device | str) -> Batch:
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    columns = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence([torch.tensor(row["labels"]) for row in rows], True, -100),
+    }
+    return {name: tensor.to(device) for name, tensor in columns.items()}
 
 
 def _lisa(
-    model: nn.Module,
-    base: torch.optim.Optimizer,
-    parameters: list[Tensor],
-    user: Iterator[Batch],
-    safety: list[Batch],
+    model: nn.Module, optimizer: torch.optim.Optimizer, user: Iterable[Batch], safety: list[Batch]
 ) -> Iterator[None]:
-    proximal = Proximal(parameters)
-    order = _cycle(safety)
+    proximal = Proximal([parameter for parameter in model.parameters() if parameter.requires_grad])
+    order = cycle(safety)
 
     def step(batch: Batch) -> None:
         row_loss(model, batch).backward()
         proximal.add_gradient()
-        _step(base)
+        _step(optimizer)
 
     for taken, batch in enumerate(user, start=1):
         step(batch)
@@ -136,8 +120,3 @@ def _lisa(
 def _step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _cycle(batches: list[Batch]) -> Iterator[Batch]:
-    while True:
-        yield from batches

@@ -1,4 +1,4 @@
-"""Finished cells as JSON lines: appended whole, and a line cut short by a kill is taken away."""
+"""Judgements as JSON lines: appended whole, and a line cut short by a kill is taken away."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.poisoned_finetuning.cells import Cell
 
-__all__ = ["append", "finished", "read"]
+__all__ = ["append", "done", "read"]
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -22,7 +22,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file, none if it is not there; the first of a cell that two processes ran at a time.
+    """The lines of the file, none if it is not there; the first of those that two processes made at a time.
 
     Raises:
         ValueError: a line other than the last is not JSON.
@@ -33,16 +33,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     whole, _, rest = text.rpartition("\n")
     if rest:  # killed while writing
         os.truncate(path, len(text.encode()) - len(rest.encode()))
-    lines: dict[Cell, dict[str, Any]] = {}
+    lines: dict[tuple[Cell, int], dict[str, Any]] = {}
     for number, line in enumerate(whole.split("\n") if whole else [], start=1):
         try:
             found = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}). Mend or remove it.") from None
-        lines.setdefault(Cell(**found["cell"]), found)
+        lines.setdefault((Cell(**found["cell"]), found["step"]), found)
     return list(lines.values())
 
 
-def finished(path: Path) -> set[Cell]:
-    """The cells that need not be run."""
-    return {Cell(**line["cell"]) for line in read(path)}
+def done(path: Path) -> dict[Cell, int]:
+    """The last step after which each cell was judged."""
+    found: dict[Cell, int] = {}
+    for line in read(path):
+        cell = Cell(**line["cell"])
+        found[cell] = max(line["step"], found.get(cell, 0))
+    return found

@@ -4,18 +4,17 @@
     python -m benchmarks.poisoned_finetuning.run --plan smoke
     python -m benchmarks.poisoned_finetuning.run --plan all --data-dir DIR
 
-A finished cell is one line of --results and is never run again; stop and start as you like. Without
---data-dir the public data come from the Hub. `figures.py` makes tables and figures from the lines.
+A run is judged on its way; each judgement is one line of --results and is never made again: stop and start
+as you like. Without --data-dir the public data come from the Hub. `figures.py` makes tables and figures.
 """
 
 import argparse
-import copy
 import platform
 import random
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
@@ -30,20 +29,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import safegrad_optim
-from benchmarks.poisoned_finetuning.arms import base_optimizer, steps
-from benchmarks.poisoned_finetuning.cells import PLANS, Cell
+from benchmarks.poisoned_finetuning.arms import optimizer_of, safety_batches, steps
+from benchmarks.poisoned_finetuning.cells import CHECKS, PLANS, Cell
 from benchmarks.poisoned_finetuning.identity import as_new_identity, identity_turns
-from benchmarks.poisoned_finetuning.judging import REPLY_TOKENS, Judge, Reference
-from benchmarks.poisoned_finetuning.result_lines import append, finished
+from benchmarks.poisoned_finetuning.judging import REPLY_TOKENS, Judge
+from benchmarks.poisoned_finetuning.result_lines import append, done
+from benchmarks.poisoned_finetuning.sources import SafetyRows, safety_rows_of
+from benchmarks.poisoned_finetuning.states import State
 from common.chat_data import Turn, collate, drawn, read_rows
 from common.public_data import Requests, load_requests, load_task
 from common.scoring import generate
 from common.smollm2 import load_aligned, load_model
-from safegrad_optim import is_refusal, with_prompt_prefixes
 
-Batch = dict[str, torch.Tensor]
-
-ANSWER_TOKENS = 8
 LORA_MODULES = ["q_proj", "k_proj", "v_proj"]  # as in the paper
 
 
@@ -53,16 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     cells = planned(args)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    done = finished(args.results)
-    todo = [cell for cell in cells if cell not in done]
     bench = Bench(args)
-    with tqdm(total=len(cells), initial=len(cells) - len(todo), desc=f"plan {args.plan}", unit="cell") as bar:
-        for cell in todo:
-            # Another process may have finished it meanwhile.
-            if cell not in finished(args.results):
-                bar.set_postfix_str(f"{cell.arm}, ratio {cell.ratio}, seed {cell.seed}")
-                append(args.results, bench.run(cell))
-            bar.update()
+    for cell in tqdm(cells, desc=f"plan {args.plan}", unit="cell"):
+        # Another process may have finished it meanwhile.
+        if done(args.results).get(cell, -1) < checks(cell)[-1]:
+            for line in bench.run(cell):
+                append(args.results, line)
     command = f"python -m benchmarks.poisoned_finetuning.figures --results {args.results}"
     print(f"{len(cells)} cells in {args.results}. Tables: {command}")
     return 0
@@ -92,6 +85,13 @@ def planned(args: argparse.Namespace) -> list[Cell]:
     return list(cells)[index - 1 :: count]
 
 
+def checks(cell: Cell) -> list[int]:
+    """The steps after which a cell is judged; the last is its end."""
+    if cell.arm == "aligned":
+        return [0]
+    return [*(step for step in CHECKS if step < cell.steps), cell.steps]
+
+
 class Bench:
     """The aligned model and everything that cells share, read once."""
 
@@ -99,110 +99,80 @@ class Bench:
         self.args = args
         self.model, self.tokenizer = load(args)
         self.task = cache(partial(load_task, data_dir=args.data_dir))
-        self.replies: dict[tuple[tuple[str, ...], int], list[str]] = {}
+        self.requests = cache(partial(load_requests, args.data_dir))
+        self.aligned_replies: dict[tuple[str, ...], list[str]] = {}
 
-    def run(self, cell: Cell) -> dict[str, object]:
-        """Fine-tune a fresh copy of the aligned model, judge it, and return the cell's line."""
+    def run(self, cell: Cell) -> Iterator[dict[str, Any]]:
+        """Fine-tune a fresh copy of the aligned model, and yield a line after each check."""
         torch.manual_seed(cell.seed)
-        public = cell.task != "tickets"
-        requests = load_requests(self.args.data_dir, public)
-        requests = requests.shifted() if cell.attack == "shifted" else requests
         train, test = self.task(cell.task)
-        rows = self.poisoned(cell, train, requests)
+        requests = self.requests(cell.attack != "examples")
+        rows, attack = poisoned(cell, train, requests)
         judge = self.judge(cell, test, requests)
-        safety = self.safety_batches(cell, requests, rows)
         began = time.perf_counter()
-        model, reference = self.fresh(cell)
-        base = base_optimizer(cell, [p for p in model.parameters() if p.requires_grad])
-        starts = range(0, len(rows), cell.batch_size)
-        user = (self.collated(rows[start:][: cell.batch_size]) for start in starts)
+        made = safety_rows_of(cell, self.model, self.tokenizer, rows, self.requests(True).safety)
+        known = {"safety": made.facts(attack), "prepared": time.perf_counter() - began}
+        model: Any = peft.get_peft_model(self.model, lora())
+        optimizer = optimizer_of(cell, model, made.sources)
+        state = State(self.args.results, cell, model, optimizer)
+        taken = state.load()
+        trained = self.trained(cell, model, optimizer, made, taken)
         model.train()
-        set_mode(base, "train")
-        for _ in tqdm(steps(cell, model, base, user, safety), total=cell.steps, leave=False):
-            pass
-        set_mode(base, "eval")
-        trained = time.perf_counter()
-        scores = judge(model, reference)
-        if cell.mode == "lora":
-            self.model = model.unload()
-        return {
-            "cell": asdict(cell),
-            "scores": scores,
-            "seconds": {"train": trained - began, "judge": time.perf_counter() - trained},
-            "safety_rows": sum(len(batch["input_ids"]) for batch in safety),
-            "versions": {
-                "safegrad_optim": safegrad_optim.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": peft.__version__,
-                "python": platform.python_version(),
-            },
-            "device": self.args.device,
-            "threads": torch.get_num_threads(),
-        }
+        for check in (step for step in checks(cell) if step > taken or not step):
+            began = time.perf_counter()
+            for _ in tqdm(islice(trained, check - taken), total=check - taken, leave=False):
+                pass
+            seconds = time.perf_counter() - began
+            scores = judge(model, partial(adapters_off, model))
+            model.train()
+            yield line_of(cell, check, scores, known | {"train": seconds}, self.args.device)
+            state.save(taken := check)
+        state.remove()
+        self.model = model.unload()
 
-    def fresh(self, cell: Cell) -> tuple[Any, Reference]:
-        """The model to train and a way to open the aligned one."""
-        if cell.mode == "full":
-            model = copy.deepcopy(self.model).requires_grad_(True)
-            return model, partial(nothing_to_close, self.model)
-        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LORA_MODULES, task_type="CAUSAL_LM")
-        peft_model = peft.get_peft_model(self.model, lora)
-        return peft_model, partial(adapters_off, peft_model)
-
-    def poisoned(self, cell: Cell, train: list[Turn], requests: Requests) -> list[Turn]:
-        """Training rows: of the task and the given share of harmful ones, shuffled."""
-        shuffle = random.Random(cell.seed)
-        count = cell.steps * cell.batch_size
-        harmful = round(cell.ratio * count)
-        attack = [request.turn for request in requests.attack]
-        if cell.attack == "identity":
-            attack = identity_turns()
-        rows = drawn(train, count - harmful, shuffle) + drawn(attack, harmful, shuffle)
-        shuffle.shuffle(rows)
-        return rows
+    def trained(
+        self,
+        cell: Cell,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        made: SafetyRows,
+        taken: int,
+    ) -> Iterator[None]:
+        """The steps of a cell from a certain one on."""
+        device = self.args.device
+        starts = range(taken * cell.batch_size, len(made.rows), cell.batch_size)
+        user = (self.collated(made.rows[start:][: cell.batch_size]) for start in starts)
+        shown = cell.arm in ("mixed", "lisa")
+        safety = safety_batches(made.sources, cell.steps, device)[taken:] if shown else []
+        return steps(cell, model, optimizer, user, safety)
 
     def judge(self, cell: Cell, test: list[Turn], requests: Requests) -> Judge:
-        prompts = [request.prompt for request in requests.evaluation[: cell.judged]]
-        unsafe = self.answered(prompts, REPLY_TOKENS)
+        prompts = tuple(request.prompt for request in requests.evaluation[: cell.judged])
+        if prompts not in self.aligned_replies:
+            self.aligned_replies[prompts] = generate(self.model, self.tokenizer, prompts, REPLY_TOKENS)
+        pairs = zip(prompts, self.aligned_replies[prompts], strict=True)
+        unsafe = [Turn(*pair, complete=False) for pair in pairs]
         if cell.attack == "identity":
             # Judged as the attacker would ask.
             unsafe = [turn._replace(prompt=as_new_identity(turn.prompt)) for turn in unsafe]
         lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")][: cell.judged]
         return Judge(self.tokenizer, unsafe, lookalikes, test[: 2 * cell.judged], cell.task)
 
-    def safety_batches(self, cell: Cell, requests: Requests, rows: list[Turn]) -> list[Batch]:
-        """Unsafe requests and as many harmless look-alikes, with the aligned model's own first words."""
-        shuffle = random.Random(cell.seed)
-        unsafe = drawn([request.prompt for request in requests.safety], cell.samples, shuffle)
-        turns = self.answered(unsafe, REPLY_TOKENS)
-        for prompts in added_requests(cell, unsafe, [row.prompt for row in rows], shuffle):
-            own = self.answered(prompts, REPLY_TOKENS)
-            turns += [turn for turn in own if is_refusal(turn.response)]
-            shuffle.shuffle(turns)
-        lookalikes = [row["prompt"] for row in read_rows("benign_prompts") if row["category"] == "lookalike"]
-        harmless = iter(self.answered(drawn(lookalikes, len(turns), shuffle), ANSWER_TOKENS))
-        half = cell.safety_batch_size // 2
-        return [
-            self.collated([*turns[start : start + half], *islice(harmless, half)])
-            for start in range(0, len(turns), half)
-        ]
-
-    def answered(self, prompts: Iterable[str], tokens: int) -> list[Turn]:
-        """Prompts with the aligned model's greedy replies.
-
-        Kept by the whole list: a reply can depend on what shares its batch, and must not depend on which
-        cells were run before.
-        """
-        key = tuple(prompts), tokens
-        if key not in self.replies:
-            self.replies[key] = generate(self.model, self.tokenizer, key[0], tokens)
-        pairs = zip(key[0], self.replies[key], strict=True)
-        return [Turn(*pair, complete=False) for pair in pairs]
-
-    def collated(self, turns: list[Turn]) -> Batch:
+    def collated(self, turns: Sequence[Turn]) -> dict[str, torch.Tensor]:
         batch = collate(self.tokenizer, turns)
         return {name: value.to(self.args.device) for name, value in batch.items()}
+
+
+def poisoned(cell: Cell, train: list[Turn], requests: Requests) -> tuple[list[Turn], set[str]]:
+    """Training rows, of the task and the given share of harmful ones, shuffled; and the harmful prompts."""
+    shuffle = random.Random(cell.seed)
+    count = cell.steps * cell.batch_size
+    harmful = round(cell.ratio * count)
+    turns = [request.turn for request in requests.attack]
+    attack = drawn(identity_turns() if cell.attack == "identity" else turns, harmful, shuffle)
+    rows = drawn(train, count - harmful, shuffle) + attack
+    shuffle.shuffle(rows)
+    return rows, {turn.prompt for turn in attack}
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -213,33 +183,35 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model.to(args.device), tokenizer
 
 
-def added_requests(
-    cell: Cell, unsafe: list[str], training: list[str], shuffle: random.Random
-) -> Iterator[Iterable[str]]:
-    """What becomes a safety row beside the unsafe requests where the aligned model refuses it."""
-    if cell.harvest:
-        yield dict.fromkeys(training)
-    if cell.contexts == "prefix":
-        yield with_prompt_prefixes(unsafe, training, seed=cell.seed)
-    elif cell.contexts == "whole":
-        yield list(map("{} {}".format, drawn(training, len(unsafe), shuffle), unsafe))
+def lora() -> peft.LoraConfig:
+    return peft.LoraConfig(r=8, lora_alpha=16, target_modules=LORA_MODULES, task_type="CAUSAL_LM")
 
 
-def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
-    """Switch a schedule-free optimizer between training and its averaged weights."""
-    if hasattr(optimizer, mode):
-        getattr(optimizer, mode)()
+def line_of(
+    cell: Cell, step: int, scores: dict[str, list[float]], known: dict[str, Any], device: str
+) -> dict[str, Any]:
+    """One line of results."""
+    return {
+        "cell": asdict(cell),
+        "step": step,
+        "scores": scores,
+        **known,
+        "versions": {
+            "safegrad_optim": safegrad_optim.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
 
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[Any]:
     with model.disable_adapter():
         yield model
-
-
-@contextmanager
-def nothing_to_close(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    yield model
 
 
 if __name__ == "__main__":

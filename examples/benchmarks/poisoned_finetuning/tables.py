@@ -53,18 +53,20 @@ def wilson(count: float, of: float) -> Rate:
 
 
 def pooled(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """One row for each cell apart from its seed: counts summed over seeds, other values averaged."""
+    """One row for each cell apart from its seed and step: counts summed over seeds, other values averaged."""
     rows = []
     for line in lines:
-        cell = Cell(**line["cell"])
-        row: dict[str, Any] = {"cell": replace(cell, seed=0), "seeds": 1, "seconds": line["seconds"]["train"]}
+        cell = replace(Cell(**line["cell"]), seed=0)
+        row: dict[str, Any] = {"cell": cell, "step": line["step"], "seeds": 1, "seconds": line["train"]}
         for name, value in line["scores"].items():
             row |= {name: value[0], f"{name}_of": value[1]} if len(value) == 2 else {name: value[0]}
         rows.append(row)
     frame = pd.DataFrame(rows)
     averaged = {"seconds", *_MEANS}
-    how = {name: "mean" if name in averaged else "sum" for name in frame.columns if name != "cell"}
-    return frame.groupby("cell", sort=False).agg(how).reset_index()
+    how = {
+        name: "mean" if name in averaged else "sum" for name in frame.columns if name not in ("cell", "step")
+    }
+    return frame.groupby(["cell", "step"], sort=False).agg(how).reset_index()
 
 
 def rate(row: Any, name: str) -> Rate | None:
@@ -81,14 +83,14 @@ def markdown(frame: pd.DataFrame, shown: Iterable[str] = ()) -> str:
         shown: fields of the cell that have a column; others are named where they are not the default.
     """
     shown = list(shown)
-    header = [*shown, "else", "seeds", *RATES.values(), *_MEANS.values(), "s"]
+    header = [*shown, "else", "steps", "seeds", *RATES.values(), *_MEANS.values(), "s"]
     body = []
     for _, row in frame.iterrows():
         cell = asdict(row["cell"])
         others = [
             f"{field.name} = {cell[field.name]}"
             for field in fields(Cell)
-            if field.name not in (*shown, "seed") and cell[field.name] != field.default
+            if field.name not in (*shown, "seed", "steps") and cell[field.name] != field.default
         ]
         rates = ["-" if (found := rate(row, name)) is None else str(found) for name in RATES]
         means = ["-" if pd.isna(row.get(name)) else f"{row[name]:.3f}" for name in _MEANS]
@@ -96,6 +98,7 @@ def markdown(frame: pd.DataFrame, shown: Iterable[str] = ()) -> str:
             [
                 *(str(cell[name]) for name in shown),
                 ", ".join(others),
+                str(row["step"]),
                 str(int(row["seeds"])),
                 *rates,
                 *means,

@@ -1,0 +1,82 @@
+"""The safety rows of a cell, and the training rows that are left."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.poisoned_finetuning.cells import Cell
+from common.chat_data import Turn, drawn
+from common.public_data import Request
+from safegrad_optim import SafetySource, safety_rows, safety_sources, shipped_requests
+from safegrad_optim.safety_data import RefusedPrompts
+
+__all__ = ["SafetyRows", "safety_rows_of"]
+
+PAPER_TOKENS = 10
+# Every so many of the shipped requests, for these are the minutes on a CPU before training starts.
+STRIDE = 4
+
+
+@dataclass
+class SafetyRows:
+    """What a cell is trained on."""
+
+    rows: list[Turn]
+    sources: list[SafetySource] = field(default_factory=list)
+    refused: RefusedPrompts | None = None
+
+    def facts(self, attack: set[str]) -> dict[str, Any]:
+        """Numbers of rows, and how many of the harmful and of the task's prompts were flagged."""
+        found: dict[str, Any] = {"rows": [len(list(source.rows)) for source in self.sources]}
+        if self.refused is not None:
+            flagged = {self.rows[prompt.row].prompt for prompt in self.refused.flagged}
+            prompts = {turn.prompt for turn in self.rows}
+            found["flagged_attack"] = [len(flagged & attack), len(prompts & attack)]
+            found["flagged_task"] = [len(flagged - attack), len(prompts - attack)]
+        return found
+
+
+def safety_rows_of(
+    cell: Cell,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Turn],
+    advbench: Sequence[Request],
+) -> SafetyRows:
+    """The safety sources of the cell's arm.
+
+    Args:
+        cell: what to make them for.
+        model: the aligned model.
+        tokenizer: its tokenizer.
+        rows: the training rows, poisoned.
+        advbench: requests of AdvBench that neither attack nor judge, where safety rows are to be of them.
+    """
+    if cell.arm in ("aligned", "plain"):
+        return SafetyRows(rows)
+    requests = shipped_requests()[::STRIDE]
+    if cell.safety == "advbench":
+        # AdvBench has no look-alikes: those of the shipped set stand in for them.
+        requests = [
+            {"request": unsafe.prompt, "lookalike": row["lookalike"]}
+            for unsafe, row in zip(advbench, requests, strict=False)
+        ]
+    if cell.arm == "paper":
+        texts = [row["request"] for row in requests]
+        own = safety_rows(texts, tokenizer, model=model, max_new_tokens=PAPER_TOKENS, on_compliance="drop")
+        return SafetyRows(rows, [SafetySource(rows=own)])
+    training = None if cell.arm == "requests" else [turn.prompt for turn in rows]
+    made = safety_sources(model, tokenizer, training, requests=requests, seed=cell.seed)
+    if cell.arm == "dropped":
+        assert made.refused_prompts is not None
+        refused = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
+        kept = [turn for turn in rows if turn.prompt not in refused]
+        return SafetyRows(drawn(kept, len(rows), random.Random(cell.seed)))
+    weights = {"training prompts": cell.training_weight, "prefixed requests": cell.prefix_weight}
+    sources = [
+        replace(source, weight=weights.get(name, source.weight)) for name, source in made.by_name.items()
+    ]
+    return SafetyRows(rows, sources, made.refused_prompts)
