@@ -21,7 +21,7 @@ Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07
 from safegrad_optim.alignment import KLAlignment, LossAlignment
 from safegrad_optim.batches import SafetySource
 from safegrad_optim.divergence import kl_divergence
-from safegrad_optim.optimizer import SafeGradOptimizer, StepCounts, UnprotectedStepError
+from safegrad_optim.optimizer import ChainedOptimizer, SafeGradOptimizer, StepCounts, UnprotectedStepError
 from safegrad_optim.reference import Reference
 from safegrad_optim.safety_data import (
     SafetySources,
@@ -44,7 +44,14 @@ from safegrad_optim.surgery import (
 __version__ = "0.1.0"
 
 # To train with, for safety rows, what is said of a step, and the math alone.
-__all__ = ["KLAlignment", "LossAlignment", "Reference", "SafeGradOptimizer", "SafetySource"]
+__all__ = [
+    "ChainedOptimizer",
+    "KLAlignment",
+    "LossAlignment",
+    "Reference",
+    "SafeGradOptimizer",
+    "SafetySource",
+]
 __all__ += ["SafetySources", "is_refusal", "safety_rows", "safety_sources", "with_prompt_prefixes"]
 __all__ += ["shipped_harmless_prompts", "shipped_requests"]
 __all__ += ["GradientProducts", "StepCounts", "SurgeryStats", "UnprotectedStepError"]

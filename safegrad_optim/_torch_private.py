@@ -1,6 +1,7 @@
 """Names that torch does not document (FSDP2's: `parallel/_fsdp.py`); all seen in torch 2.8 and 2.13."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,7 +57,22 @@ def make_hook_registries(optimizer: Optimizer) -> None:
     Optimizer.__setstate__(optimizer, {})
 
 
-def hooks_of(optimizer: Optimizer, place: str) -> Iterable[Callable[..., Any]]:
+def hook_registry(optimizer: Optimizer, place: str) -> dict[int, Callable[..., Any]]:
     """Return an optimizer's hooks of a place, such as `load_state_dict_pre`, in the order they run."""
     registry: dict[int, Callable[..., Any]] = getattr(optimizer, f"_optimizer_{place}_hooks")
-    return registry.values()
+    return registry
+
+
+@contextmanager
+def without_gradient_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Take away the hooks that are told when the gradient of a parameter has been accumulated."""
+    registries = [hooks for tensor in parameters if (hooks := tensor._post_accumulate_grad_hooks)]
+    # Emptied, because autograd keeps the registry itself.
+    kept = [(hooks, dict(hooks)) for hooks in registries]
+    try:
+        for hooks in registries:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, own in kept:
+            hooks.update(own)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim._torch_private import divide_all_
+from safegrad_optim._torch_private import divide_all_, without_gradient_hooks
 from safegrad_optim.batches import Part, SourceBatches
 from safegrad_optim.forward import autocast, unchanged_evaluation
 from safegrad_optim.parallel import (
@@ -58,7 +58,8 @@ class Alignment(ABC):
         """Return the gradient of the next safety batch's loss by each parameter, `None` where there is none.
 
         Raises:
-            ValueError: the loss depends on no trainable parameter, or the reference is not aligned any more.
+            ValueError: the loss depends on no trainable parameter, the reference is not aligned any more, or
+                the model has gradients of other parameters.
             RuntimeError: the model was made parallel, or in another way, since this was built.
         """
         share = share_of(self.model)
@@ -67,7 +68,13 @@ class Alignment(ABC):
                 f"This rank computes {share} of each safety batch, but the alignment was built for "
                 f"{self._share}. Build it after init_process_group(), fully_shard() and parallelize_module()."
             )
-        with synchronized(self.model), own_leaves(self.model) as leaves:
+        _require_no_others(self.model, parameters)
+        with (
+            synchronized(self.model),
+            own_leaves(self.model) as leaves,
+            # Of the user, who does not expect the alignment's gradients there.
+            without_gradient_hooks(self.model.parameters()),
+        ):
             own = [leaves.get(parameter, parameter) for parameter in parameters]
             stashed = {tensor: tensor.grad for tensor in (*self.model.parameters(), *own)}
             try:
@@ -146,6 +153,20 @@ class Alignment(ABC):
         """The sources, each with how its names end in a state: those of the first as if it were alone."""
         for number, source in enumerate(self._sources):
             yield f"_{number}" if number else "", source
+
+
+def _require_no_others(model: nn.Module, parameters: list[Tensor]) -> None:
+    """Refuse gradients of the model that the optimizer which asks does not step by."""
+    own = set(parameters)
+    others = [
+        name for name, tensor in model.named_parameters() if tensor.grad is not None and tensor not in own
+    ]
+    if others:
+        raise ValueError(
+            f"{len(others)} parameters of the model have a gradient and are not of this optimizer (first: "
+            f"{others[0]}). Another one would move them unprotected, and the conflict is one over all. "
+            "Freeze them if they are not trained; else wrap one optimizer of all, or a ChainedOptimizer."
+        )
 
 
 def _unscale_(grads: list[Tensor], scale: float) -> bool:

@@ -16,8 +16,9 @@ step; out comes the base optimizer's step on the final gradient, or an error wit
 It knows no alignment by name: whatever gives one gradient for each trainable parameter will do.
 """
 
+from safegrad_optim.optimizer._chained import ChainedOptimizer
 from safegrad_optim.optimizer._checks import UnprotectedStepError
 from safegrad_optim.optimizer._optimizer import SafeGradOptimizer
 from safegrad_optim.optimizer._state import StepCounts
 
-__all__ = ["SafeGradOptimizer", "StepCounts", "UnprotectedStepError"]
+__all__ = ["ChainedOptimizer", "SafeGradOptimizer", "StepCounts", "UnprotectedStepError"]

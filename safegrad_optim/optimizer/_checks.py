@@ -24,6 +24,17 @@ def check_base(base: Optimizer) -> None:
         raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer is a {name}, expected a torch.optim.Optimizer instance.")
+    lacking = [
+        attribute
+        for attribute in ("param_groups", "state", "defaults", "_optimizer_step_pre_hooks")
+        if not hasattr(base, attribute)
+    ]
+    if lacking:
+        raise TypeError(
+            f"{name} lacks {', '.join(lacking)}: it has not run Optimizer.__init__, so its steps cannot be "
+            "told from those past the surgery. If it stands in for another optimizer (accelerator.prepare), "
+            "wrap that one, then prepare the wrapper."
+        )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         found = f"{name} evaluates its closure several times inside one step, past the surgery"

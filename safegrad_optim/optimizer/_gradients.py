@@ -65,11 +65,11 @@ def on_devices(saved: Gradients | None, parameters: list[Tensor]) -> list[Tensor
 
 
 def _pull(parameters: list[Tensor], alignment: AlignmentCallable) -> list[Tensor | None]:
-    before = [(parameter.grad, _version(parameter.grad)) for parameter in parameters]
+    before = [(parameter.grad, version_of(parameter.grad)) for parameter in parameters]
     with torch.enable_grad():
         grads = list(alignment(parameters))
     for index, (parameter, (grad, written)) in enumerate(zip(parameters, before, strict=True)):
-        if parameter.grad is not grad or _version(grad) != written:
+        if parameter.grad is not grad or version_of(grad) != written:
             raise UnprotectedStepError(
                 f"Computing the alignment gradient changed the user gradient of parameter {index}. "
                 f"{type(alignment).__name__} has to stash and restore .grad around backward()."
@@ -89,5 +89,6 @@ def _in_order(parameters: list[Tensor], grads: Mapping[Tensor, Tensor | None]) -
     return [grads[parameter] for parameter in parameters]
 
 
-def _version(grad: Tensor | None) -> int | None:
+def version_of(grad: Tensor | None) -> int | None:
+    """A count that each write to a gradient raises."""
     return None if grad is None else version(local(grad))

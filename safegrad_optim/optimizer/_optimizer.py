@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safegrad_optim._torch_private import hooks_of, make_hook_registries
+from safegrad_optim._torch_private import hook_registry, make_hook_registries
 from safegrad_optim.optimizer import _checks
 from safegrad_optim.optimizer._gradients import AlignmentCallable
+from safegrad_optim.optimizer._guard import StepGuard
 from safegrad_optim.optimizer._state import Kept, OwnState, StepCounts, merged, split
-from safegrad_optim.optimizer._step import is_state_probe, operate_, trainable_parameters
+from safegrad_optim.optimizer._step import (
+    is_state_probe,
+    moved_by,
+    operate_,
+    require_gradients,
+    trainable_parameters,
+)
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
 from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats
 
@@ -65,6 +72,8 @@ class SafeGradOptimizer(Optimizer):
         _checks.check_base(base_optimizer)
         self.base_optimizer = base_optimizer
         self._own = OwnState(ConstantRho(rho))
+        self._guard = StepGuard()
+        self._guard.install(base_optimizer)
         self.alignment = alignment
         self.max_grad_norm = max_grad_norm
         self.refresh_every = refresh_every
@@ -112,8 +121,8 @@ class SafeGradOptimizer(Optimizer):
             closure: reevaluates the model with gradients enabled and returns the loss, which is returned.
 
         Raises:
-            UnprotectedStepError: there is no alignment gradient, computing it changed a `.grad`, or either
-                gradient is not finite. Nothing has changed then, and training can go on.
+            UnprotectedStepError: there is no user or no alignment gradient, computing it changed a `.grad`,
+                or a gradient is not finite. Nothing has changed then, and training can go on.
             ValueError: the alignment gradients do not fit the parameters; or, at the first step, ranks
                 have different options or gradients. Likewise nothing changed.
         """
@@ -127,13 +136,24 @@ class SafeGradOptimizer(Optimizer):
         for parameter in filter(is_distributed_tensor, parameters):
             parameter.grad = placed_as(parameter.grad, parameter)
         user_grads = [parameter.grad for parameter in parameters]
-        if all(grad is None for grad in user_grads) or is_state_probe(self.base_optimizer, user_grads):
+        own = self._own
+        if not own.allow_unprotected:
+            require_gradients(user_grads)
+        is_noop = all(grad is None for grad in user_grads) or is_state_probe(self.base_optimizer, user_grads)
+        # The base may have failed, out of memory for example, and be stepped again.
+        if not is_noop and not own.is_final(user_grads):
+            self._protect(parameters)
+        with self._guard.open():
             self.base_optimizer.step()
-            return loss
+        own.final = []
+        return loss
+
+    def _protect(self, parameters: list[Tensor]) -> None:
+        """Make the `.grad` of the parameters the final gradient, or count a plain step if that is allowed."""
         own = self._own
         alignment_grads = own.take(parameters)
         if alignment_grads is not None:
-            operate_(own, parameters, alignment_grads)
+            operate_(own, parameters, alignment_grads, moved_by(self.base_optimizer))
         elif own.allow_unprotected:
             own.unprotected += 1
         else:
@@ -142,8 +162,12 @@ class SafeGradOptimizer(Optimizer):
                 "set_alignment_grad() before each, or give an alignment, or allow_unprotected=True."
             )
         own.steps += 1
-        self.base_optimizer.step()
-        return loss
+        own.make_final([parameter.grad for parameter in parameters])
+
+    def unwrap(self) -> Optimizer:
+        """Return the base optimizer, which from now on steps by itself, unprotected."""
+        self._guard.remove(self.base_optimizer)
+        return self.base_optimizer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as the base optimizer does."""
@@ -161,10 +185,10 @@ class SafeGradOptimizer(Optimizer):
         `alignment`. The bare optimizer loads it too and leaves it out. All but the gradient is in the first
         parameter group as well, where torch.distributed.checkpoint keeps it.
         """
-        for pre_hook in hooks_of(self, "state_dict_pre"):
+        for pre_hook in hook_registry(self, "state_dict_pre").values():
             pre_hook(self)
         state_dict = merged(self.base_optimizer.state_dict(), self._own.state_dict())
-        for post_hook in hooks_of(self, "state_dict_post"):
+        for post_hook in hook_registry(self, "state_dict_post").values():
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
@@ -176,7 +200,7 @@ class SafeGradOptimizer(Optimizer):
             ValueError: it is of a run with another reference or safety batches; nothing has changed then.
         """
         state_dict = state_dict.copy()
-        for pre_hook in hooks_of(self, "load_state_dict_pre"):
+        for pre_hook in hook_registry(self, "load_state_dict_pre").values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state_dict, own = split(state_dict)
@@ -185,7 +209,7 @@ class SafeGradOptimizer(Optimizer):
         else:
             self._own.load_state_dict(own, trainable_parameters(self.base_optimizer))
         self.base_optimizer.load_state_dict(state_dict)
-        for post_hook in hooks_of(self, "load_state_dict_post"):
+        for post_hook in hook_registry(self, "load_state_dict_post").values():
             post_hook(self)
 
     def train(self) -> None:
@@ -198,7 +222,12 @@ class SafeGradOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # As Optimizer does: no hooks, and not the `step` that an LR scheduler put on the instance.
-        return {"base_optimizer": self.base_optimizer, "_own": self._own}
+        return {"base_optimizer": self.base_optimizer, "_own": self._own, "_guard": self._guard}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # The base was copied or loaded without its hooks.
+        self._guard.install(self.base_optimizer)
 
     def __repr__(self) -> str:
         base = repr(self.base_optimizer).replace("\n", "\n  ")

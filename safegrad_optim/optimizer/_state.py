@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
-from safegrad_optim.optimizer._gradients import AlignmentGradients, on_devices
-from safegrad_optim.surgery import ConstantRho, SurgeryStats
+from safegrad_optim.optimizer._gradients import AlignmentGradients, on_devices, version_of
+from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats
 
 OWN_STATE = "safegrad"  # where it is in `state_dict()`, and the prefix of its entries in a parameter group
 T = TypeVar("T")
@@ -55,11 +55,25 @@ class OwnState(AlignmentGradients):
     negligible: Tensor | int = 0
     unprotected: int = 0
     ranks_agree: bool = False
+    negligible_in_a_row: int = 0
+    # The final gradients of a step that the base has not taken yet, and their versions.
+    final: list[tuple[Tensor | None, int | None]] = field(default_factory=list)
 
     @property
     def counts(self) -> StepCounts:
         """Number of steps so far by kind; reading it waits for the device."""
         return StepCounts(self.steps, int(self.conflicts), int(self.negligible), self.unprotected)
+
+    def make_final(self, grads: Gradients) -> None:
+        """Remember that the surgery on these gradients is done."""
+        self.final = [(grad, version_of(grad)) for grad in grads]
+
+    def is_final(self, grads: Gradients) -> bool:
+        """Whether the surgery on these gradients is done, and nothing has written to them since."""
+        return len(self.final) == len(grads) and all(
+            grad is known and version_of(grad) == version
+            for grad, (known, version) in zip(grads, self.final, strict=True)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""

@@ -18,10 +18,10 @@ Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07
 """
 
 from safegrad_optim.surgery._combine import combine, combine_, combine_pairs_, project_conflicting
-from safegrad_optim.surgery._decision import ConstantRho, SurgeryStats
+from safegrad_optim.surgery._decision import ConstantRho, SurgeryStats, decide
 from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 from safegrad_optim.surgery._products import GradientProducts, inner_products, sums_of
 
 __all__ = ["GradientProducts", "SurgeryStats", "combine", "combine_", "inner_products", "project_conflicting"]
 # What a step of the optimizer is made of.
-__all__ += ["ConstantRho", "Gradients", "Pairs", "combine_pairs_", "sums_of", "take_apart"]
+__all__ += ["ConstantRho", "Gradients", "Pairs", "combine_pairs_", "decide", "sums_of", "take_apart"]

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from safegrad_optim import KLAlignment, SafeGradOptimizer
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
-from tests.cases.support import PART_I, PART_II, refused, right_or_refused
+from tests.cases.support import PART_II, refused, right_or_refused
 from tests.support.models import padded, safety_rows, tiny_model, tiny_peft
 
 
@@ -25,7 +25,6 @@ def arguments(folder, **options):
     return transformers.TrainingArguments(str(folder), **defaults | options)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_base_that_accelerate_has_prepared():
     """Surgery happens once a step and not once a micro-batch, or such a base is refused."""
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=4, cpu=True)
@@ -43,7 +42,6 @@ def test_a_base_that_accelerate_has_prepared():
         assert optimizer.counts.steps == 1
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_an_optimizer_over_other_parameters_than_the_trainers_model(tmp_path):
     """The callback refuses an optimizer that does not train what the Trainer trains."""
     model = tiny_model(dtype=torch.float32, tie_word_embeddings=False)

@@ -29,7 +29,6 @@ def protected(model, base, **options):
 # --- who moves the parameters ---------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 @pytest.mark.parametrize("make", [tiny_model, tiny_peft])
 def test_steps_inside_backward_are_refused(make):
     """Hooks that step each parameter in backward leave no gradient to protect, which is an error."""
@@ -46,7 +45,6 @@ def test_steps_inside_backward_are_refused(make):
         take_steps(model, protected(model, sgd(model)))
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_an_optimizer_whose_parameters_are_all_frozen_is_refused():
     """An optimizer none of whose parameters is trained says so at the first step."""
     model = tiny_model()
@@ -57,7 +55,6 @@ def test_an_optimizer_whose_parameters_are_all_frozen_is_refused():
         take_steps(with_adapters, optimizer)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_step_of_the_wrapped_optimizer_itself_is_refused():
     """The base knows that it is wrapped and does not step by itself."""
     model = tiny_peft()
@@ -77,7 +74,6 @@ def all_others(model):
     return [parameter for parameter in model.parameters() if id(parameter) not in matrices]
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_one_of_two_optimizers_wrapped_is_refused():
     """Trained parameters of the model that no wrapped group has are an error."""
     model = tiny_model()
@@ -89,7 +85,6 @@ def test_one_of_two_optimizers_wrapped_is_refused():
         bare.step()
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_two_wrappers_on_one_alignment_are_refused():
     """Two optimizers would decide on the conflict for themselves and draw a safety batch each."""
     model = tiny_model()
@@ -117,7 +112,6 @@ def test_rows_whose_grad_is_masked_do_not_move():
         assert_same(embedding.detach()[:50], before[:50])
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_groups_at_learning_rate_zero_do_not_vote():
     """What moves moves as if all that does not move were frozen."""
 
@@ -159,7 +153,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
         pass
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AttributeError)
 def test_an_optimizer_without_defaults_is_wrapped_or_refused():
     """An optimizer that is none of torch's in full works, or the error says what it lacks."""
     model = tiny_model()
@@ -170,7 +163,6 @@ def test_an_optimizer_without_defaults_is_wrapped_or_refused():
         assert optimizer.counts.steps == 1
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_hooks_that_take_gradients_elsewhere_get_the_users_only():
     """A hook that copies each gradient as it arrives is not given the alignment's."""
     model = tiny_model()
@@ -303,7 +295,6 @@ def alignment_that_gives_zeros():
     return model, SafeGradOptimizer(torch.optim.AdamW(trainable(model), lr=0.01), zeros), 1
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 @pytest.mark.parametrize(
     "build", [loss_that_is_never_unscaled, safety_rows_that_are_all_padding, alignment_that_gives_zeros]
 )
@@ -314,7 +305,6 @@ def test_a_run_whose_steps_are_all_negligible_is_told(build):
         take_steps(model, optimizer, 20, scale=scale)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_final_gradient_that_overflows_is_refused():
     """Two finite gradients whose sum is not finite in fp16 leave the parameters as they are."""
     parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.half))
@@ -325,7 +315,6 @@ def test_a_final_gradient_that_overflows_is_refused():
     assert not parameter.any()
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_step_that_fails_in_the_base_can_be_taken_again():
     """After an error of the base the same step gives what it would have given at first."""
 

@@ -34,7 +34,7 @@ from tests.support.models import (
 def divergence(alignment, index=0):
     """KL(P_ref || P_model) a token of one safety batch."""
     with torch.no_grad():
-        return float(sum(alignment._losses(index)))
+        return float(sum(alignment._losses([index])))
 
 
 def protected(model, **options):

@@ -426,10 +426,13 @@ def test_unprotected_steps_need_to_be_asked_for_and_are_counted():
     assert optimizer.counts.unprotected == 2
 
 
-def test_a_step_without_user_gradients_is_the_bases():
+def test_a_step_without_user_gradients_is_refused_unless_it_may_be_unprotected():
     pulls = Pulls()
     parameters, optimizer = make(pulls)
     before = [parameter.detach().clone() for parameter in parameters]
+    with pytest.raises(UnprotectedStepError, match=r"None of the \d+ trainable parameters has a gradient"):
+        optimizer.step()
+    optimizer.allow_unprotected = True
     optimizer.step()
     assert_same([parameter.detach() for parameter in parameters], before)
     assert (pulls.calls, optimizer.counts.steps) == (0, 0)

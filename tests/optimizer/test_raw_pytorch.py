@@ -263,10 +263,12 @@ def test_groups_have_learning_rates_of_their_own():
 def test_a_group_added_in_mid_training_is_aligned_at_once():
     model = tiny_peft()
     parameters = trainable(model)
+    for parameter in parameters[4:]:
+        parameter.requires_grad_(False)
     optimizer = safeguard(model, parameters=parameters[:4], every=10)
     train(model, optimizer, 2)
     for parameter in parameters[4:]:
-        parameter.grad = None  # what has gathered while they were in no group
+        parameter.requires_grad_(True)
     taken = optimizer.alignment.state_dict()["taken"]
     optimizer.add_param_group({"params": parameters[4:], "lr": 0.01})
     before = values(model)
