@@ -16,6 +16,14 @@ def adapter_parameters(model: nn.Module) -> set[Tensor]:
     return found
 
 
+def inits_that_move_weights(model: nn.Module) -> list[str]:
+    """Return the initialisations of adapters that have moved a part of the base weights into them."""
+    moving = ("pissa", "olora", "corda", "loftq", "lora_ga")
+    configs = getattr(model, "peft_config", {})
+    inits = [getattr(config, "init_lora_weights", None) for config in configs.values()]
+    return [init for init in inits if isinstance(init, str) and init.startswith(moving)]
+
+
 def is_merged(module: nn.Module) -> bool:
     """Return whether a module is a layer whose weights have an adapter added to them."""
     # Other libraries' modules may have a `merged` too.

@@ -63,6 +63,12 @@ def hook_registry(optimizer: Optimizer, place: str) -> dict[int, Callable[..., A
     return registry
 
 
+def share_gradient_hooks(tensor: Tensor, other: Tensor) -> None:
+    """Have the hooks that a tensor's gradient goes through (`register_hook`) act on another's as well."""
+    if tensor._backward_hooks:
+        other._backward_hooks = tensor._backward_hooks
+
+
 @contextmanager
 def without_gradient_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Take away the hooks that are told when the gradient of a parameter has been accumulated."""

@@ -144,7 +144,13 @@ class Alignment(ABC):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the batch that was next when `state` was saved, of as many batches and the same seed."""
+        """Go on with the batch that was next when `state` was saved, of the same batches and seed."""
+        unknown = sorted(state.keys() - self.state_dict().keys())
+        if unknown:
+            raise ValueError(
+                f"The saved run had an alignment of another kind than {type(self).__name__}: its state has "
+                f"{unknown} besides. Resume with the alignment, and the sources, of the saved run."
+            )
         for suffix, source in self._named_sources():
             source.load_state_dict({name: state[name + suffix] for name in source.state_dict()})
         self._fp16_scale = state["fp16_scale"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.alignment._old_arguments import naming_the_new
+from safegrad_optim.alignment._start import check_start
 from safegrad_optim.batches import (
     Part,
     Positions,
@@ -18,12 +19,15 @@ from safegrad_optim.batches import (
     SourceBatches,
     joined,
 )
-from safegrad_optim.forward import unchanged_evaluation
-from safegrad_optim.parallel import inner_module, mean_over_ranks, require_same, synchronized, world_size
-from safegrad_optim.reference import Reference, ReferenceCache, read_references, reference_source
-
-# In nats a token. A model and its reference differ by less in bf16; an unaligned one by far more.
-_MAX_START_KL = 0.05
+from safegrad_optim.parallel import inner_module, on_any_rank, require_same, world_size
+from safegrad_optim.reference import (
+    Reference,
+    ReferenceCache,
+    marks_of,
+    read_references,
+    reference_source,
+    remember,
+)
 
 
 class KLAlignment(Alignment):
@@ -90,8 +94,21 @@ class KLAlignment(Alignment):
         self._reading, self._reference_weights = read_references(
             options, self.model, origin, self._sources, self._all_parts, self._share, autocast_dtype
         )
+        self._origin = origin
+        self._start: list[tuple[int, int]] | None = None
         if not options.resumed:
             self._check_start()
+            self._start = marks_of(origin.named_parameters())
+
+    def __call__(self, parameters: list[Tensor]) -> list[Tensor | None]:
+        """Return the gradient of the next safety batches' loss by each parameter; see `Alignment`."""
+        if self._start is not None:
+            # Aligned weights that were loaded after the reference was computed, for example.
+            if on_any_rank(marks_of(self._origin.named_parameters()) != self._start):
+                self._check_start()
+            self._start = None
+            remember(self.model.named_parameters(), self._reference_weights)
+        return super().__call__(parameters)
 
     @property
     def cache(self) -> ReferenceCache | None:
@@ -104,6 +121,10 @@ class KLAlignment(Alignment):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the batch that was next when `state` was saved, with the same reference and order."""
+        if "reference" not in state:
+            raise ValueError(
+                "The saved run had an alignment without a reference. Resume with its kind, or start anew."
+            )
         if state["reference"] != self._reference_number:
             raise ValueError(
                 f"The saved run kept to a reference with weights {state['reference']:x}, this one has "
@@ -112,6 +133,7 @@ class KLAlignment(Alignment):
                 "Reference(ref_model=...), or the file of the saved run, Reference(file=..., resumed=True)."
             )
         super().load_state_dict(state)
+        self._start = None
 
     @property
     def _reference_number(self) -> int:
@@ -140,21 +162,10 @@ class KLAlignment(Alignment):
         """Compared tokens of a batch, in the mean over ranks, whose losses are averaged."""
         return section.source.tokens(section.batch) / self._share.size
 
-    @torch.no_grad()
     def _check_start(self) -> None:
-        """Refuse a reference from which the model differs before any fine-tuning."""
-        with synchronized(self.model), unchanged_evaluation(self.model, self.autocast_dtype):
-            total = sum(self._losses([0] * len(self._sources)), torch.zeros((), device=self._device()))
-        if self._share.size > 1:
-            total, _ = mean_over_ranks(total)
-        divergence = float(total)
-        if not divergence <= _MAX_START_KL:
-            raise ValueError(
-                f"Before fine-tuning the model already differs from its reference by KL = {divergence:.3g} a "
-                f"token, expected less than {_MAX_START_KL}. If adapters hold the alignment, merge them "
-                "(merge_and_unload) and add new ones; if ref_model is another model, give the aligned one; "
-                "if the run is resumed, give Reference(resumed=True)."
-            )
+        # Part by part as the reference was computed, so that what is the same has the same bits.
+        parts = chain.from_iterable(self._all_parts(source) for source in self._sources)
+        check_start(self.model, self._reading, parts, self.autocast_dtype)
 
 
 def _sources(

@@ -84,12 +84,15 @@ class SourceBatches:
 
     def state_dict(self) -> dict[str, int]:
         """Return the place in the order of batches."""
-        return {"count": len(self.batches), "seed": self.seed, "taken": self.taken}
+        # A number, because torch.distributed.checkpoint takes no other state of an optimizer.
+        rows = int(self.digest[:15], 16)
+        return {"count": len(self.batches), "seed": self.seed, "taken": self.taken, "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where `state` was saved, with as many batches and the same seed."""
         own = self.state_dict()
-        for key in ("count", "seed"):
+        # States of before have no digest of the rows.
+        for key in ("count", "seed", *(["rows"] if "rows" in state else [])):
             if state[key] != own[key]:
                 found = f"The saved order of safety batches has {key} {state[key]}, this one {own[key]}"
                 raise ValueError(f"{found}. Build it from the safety batches and seed of the saved run.")

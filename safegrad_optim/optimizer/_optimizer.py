@@ -204,11 +204,17 @@ class SafeGradOptimizer(Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         state_dict, own = split(state_dict)
+        before = self._own.state_dict()
+        parameters = trainable_parameters(self.base_optimizer)
         if own is None:
             self._own.pulled = None
         else:
-            self._own.load_state_dict(own, trainable_parameters(self.base_optimizer))
-        self.base_optimizer.load_state_dict(state_dict)
+            self._own.load_state_dict(own, parameters)
+        try:
+            self.base_optimizer.load_state_dict(state_dict)
+        except BaseException:
+            self._own.load_state_dict(before, parameters)
+            raise
         for post_hook in hook_registry(self, "load_state_dict_post").values():
             post_hook(self)
 

@@ -86,7 +86,13 @@ class OwnState(AlignmentGradients):
         """Go on where `state` was saved; an alignment or gradient that does not fit changes nothing."""
         pulled = on_devices(state["pulled"], parameters)
         alignment: Any = self.alignment
-        if state["alignment"] is not None and hasattr(alignment, "load_state_dict"):
+        if state["alignment"] is not None:
+            if not hasattr(alignment, "load_state_dict"):
+                found = "none" if alignment is None else f"a {type(alignment).__name__} without a state"
+                raise ValueError(
+                    f"The saved run had an alignment with a state, this optimizer has {found}. Resume with "
+                    "the alignment of the saved run, or set state_dict['safegrad']['alignment'] to None."
+                )
             alignment.load_state_dict(state["alignment"])
         self.pulled, self.pulled_for, self.pulled_age = pulled, parameters, state["pulled_age"]
         # States of before have no rho.

@@ -104,7 +104,7 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
     products = sums_of(gradients)
     # The only host read of a step: nothing may change before it is known to be protected.
     read = torch.stack([*products[:3], products.negligible.to(products.inner_product)]).tolist()
-    inner, user_sq, alignment_sq, negligible = read
+    _, user_sq, alignment_sq, negligible = read
     if not own.ranks_agree:
         # Replicas that take different steps would drift apart.
         given = {
@@ -124,6 +124,12 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
     if negligible or not all(map(math.isfinite, read)):
         # Zero at the reference, where training starts: it must not serve further steps.
         own.pulled = None
+    for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
+        if not math.isfinite(sq_norm):
+            raise UnprotectedStepError(
+                f"The {name} gradient is not finite (||g||^2 = {sq_norm}), so no conflict can be "
+                "told. Look for an overflow in its loss; zero_grad() and go on with the next batch."
+            )
     own.negligible_in_a_row = own.negligible_in_a_row + 1 if negligible else 0
     if own.negligible_in_a_row > _MOST_NEGLIGIBLE:
         raise UnprotectedStepError(
@@ -132,14 +138,6 @@ def _checked_sums(own: OwnState, gradients: Pairs) -> GradientProducts:
             "Check that the loss is unscaled before the step, that the attention_mask of the safety rows is "
             "not 0, and that the alignment is of the model that is trained."
         )
-    for name, sq_norm in (("alignment", alignment_sq), ("user", user_sq)):
-        if not math.isfinite(sq_norm):
-            raise UnprotectedStepError(
-                f"The {name} gradient is not finite (||g||^2 = {sq_norm}), so no conflict can be "
-                "told. Look for an overflow in its loss; zero_grad() and go on with the next batch."
-            )
-    if not math.isfinite(inner):
-        raise UnprotectedStepError(f"The inner product of user and alignment gradient overflows ({inner}).")
     return products
 
 

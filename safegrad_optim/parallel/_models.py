@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from safegrad_optim._torch_private import parameters_of
+from safegrad_optim._torch_private import parameters_of, share_gradient_hooks
 from safegrad_optim.parallel._fsdp import data_parallel_places, reshard
 from safegrad_optim.parallel._ranks import sum_over_ranks
 from safegrad_optim.parallel._tensors import is_distributed_tensor, local, world_size
@@ -41,6 +41,9 @@ def own_leaves(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
         if parameter is not None and parameter.requires_grad and not is_distributed_tensor(parameter)
     ]
     leaves: dict[Tensor, Tensor] = {parameter: nn.Parameter(parameter.detach()) for _, _, parameter in places}
+    for parameter, leaf in leaves.items():
+        # Of the user, such as a mask, where DDP's are in C++.
+        share_gradient_hooks(parameter, leaf)
     try:
         for own, name, parameter in places:
             own[name] = leaves[parameter]

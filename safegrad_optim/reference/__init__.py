@@ -15,6 +15,13 @@ from safegrad_optim.divergence import top_k_kl_divergence
 from safegrad_optim.reference._cache import ReferenceCache
 from safegrad_optim.reference._reading import Reading, read_references
 from safegrad_optim.reference._source import Reference, ReferenceSource, reference_source
+from safegrad_optim.reference._trained import remember
+from safegrad_optim.reference._watch import marks_of
 
 __all__ = ["Reading", "Reference", "ReferenceCache", "ReferenceSource", "read_references"]
-__all__ += ["reference_source", "top_k_kl_divergence"]  # the last is what `Reference` speaks of
+__all__ += [
+    "marks_of",
+    "reference_source",
+    "remember",
+    "top_k_kl_divergence",
+]  # the last is what `Reference` speaks of

@@ -1,19 +1,21 @@
 """The reference, computed once: kept in memory or in a safetensors file that knows what it is of."""
 
+import ctypes
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from safegrad_optim.parallel import local, sum_of_shards
 
-_FORMAT = "safegrad_optim reference 2"
+_FORMAT = "safegrad_optim reference 3"
 _HEAD = "head"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,6 +33,30 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     for value in sum_of_shards(tensors, sums):
         weights.update(value.to_bytes(8, "little", signed=True))
     return {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        contiguous = tensor.contiguous()
+        digest.update(ctypes.string_at(contiguous.data_ptr(), contiguous.nbytes))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a cached reference ({error}). Restore it; or, before any fine-tuning, "
+            "delete it to compute the reference anew."
+        ) from error
 
 
 @dataclass
@@ -56,7 +82,9 @@ class ReferenceCache:
         tensors = {f"{_HEAD}.{part}": tensor.contiguous() for part, tensor in enumerate(self.head)}
         for index, entry in enumerate(self.entries):
             tensors |= {f"{index:06d}.{part}": tensor.contiguous() for part, tensor in enumerate(entry)}
-        metadata = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision, **identity}
+        contents = _digest(tensors)
+        metadata = {"format": _FORMAT, "kind": self.kind, "dtypes": self.precision, "contents": contents}
+        metadata |= identity
         try:
             save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
@@ -66,9 +94,7 @@ class ReferenceCache:
     @classmethod
     def load(cls, path: Path, own: dict[str, str], *, check_weights: bool) -> tuple[Self, dict[str, str]]:
         """Read a cache and its fingerprint, whose weights may be others where the model was trained on."""
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(
@@ -83,8 +109,14 @@ class ReferenceCache:
                         f"{expected:.40}. Restore the original {field}{resumed}; or, before any fine-tuning, "
                         "give another file to compute it anew."
                     )
-            groups = groupby(sorted(file.keys()), key=lambda key: key.partition(".")[0])
-            entries = {name: tuple(map(file.get_tensor, keys)) for name, keys in groups}
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+        if _digest(tensors) != metadata["contents"]:
+            raise ValueError(
+                f"{path} does not hold what was written to it: the digest of its contents is another. "
+                "Restore it; or, before any fine-tuning, delete it to compute the reference anew."
+            )
+        groups = groupby(tensors, key=lambda key: key.partition(".")[0])
+        entries = {name: tuple(tensors[key] for key in keys) for name, keys in groups}
         # Not left in the mapping, whose alignment in memory is another than that of the original.
         head = tuple(tensor.clone() for tensor in entries.pop(_HEAD, ()))
         cache = cls(list(entries.values()), metadata["kind"], metadata["dtypes"], head)

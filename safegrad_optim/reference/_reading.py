@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim.batches import Part, SourceBatches
-from safegrad_optim.forward import forward_at
+from safegrad_optim.forward import forward_at, output_head
 from safegrad_optim.parallel import Share
 from safegrad_optim.reference._cache import ReferenceCache, fingerprint
 from safegrad_optim.reference._kind import Kind, choose_kind, head_is_frozen, head_weights
 from safegrad_optim.reference._source import Reference, ReferenceSource
+from safegrad_optim.reference._trained import require_untrained
+from safegrad_optim.reference._watch import Watch
 
 
 @dataclass
@@ -24,16 +26,19 @@ class Reading(ABC):
     kind: Kind
     autocast_dtype: torch.dtype | None
     caches: Mapping[SourceBatches, ReferenceCache] = field(default_factory=dict)
+    watch: Watch | None = None  # of the weights that are read at each call
 
     @abstractmethod
     def entry(self, part: Part) -> tuple[tuple[Tensor, ...], str]:
         """Return what the kind keeps of P_ref at the compared positions of a part, and its precision."""
 
-    def divergences(self, model: nn.Module, part: Part) -> list[Tensor]:
-        """Return the sum of KL(P_ref || P_model) over the compared tokens of each section of a part."""
+    def divergences(self, model: nn.Module, part: Part, *, of_each_token: bool = False) -> list[Tensor]:
+        """Return the sum of KL(P_ref || P_model) over the tokens of each section of a part, or at each."""
         entry, precision = self.entry(part)
         head = next(iter(self.caches.values())).head if self.caches else ()
         states = (entry[0], *head) if self.kind.name == "hidden" else ()
+        if self.watch is not None:
+            self.watch.check()
         if len(states) == 1 and not head_is_frozen(model):
             raise ValueError(
                 "The output head became trainable after its reference was cached as hidden states. Set "
@@ -45,7 +50,8 @@ class Reading(ABC):
                 f"The reference was computed with {precision}; the model now gives {output.precision}. Build "
                 "the alignment after accelerator.prepare and any cast, or give it training's autocast_dtype."
             )
-        return self.kind.divergences(entry, output.logits, [section.length for section in part.sections])
+        counts = [section.length for section in part.sections]
+        return self.kind.divergences(entry, output.logits, [1] * sum(counts) if of_each_token else counts)
 
 
 class LiveReference(Reading):
@@ -87,7 +93,10 @@ def read_references(
     kind = choose_kind(options, model, source, -(-tokens // share.size))
     live = LiveReference(source, kind, autocast_dtype)
     own = fingerprint(source.named_parameters())
+    if options.ref_model is None and not (options.resumed or options.trained_here):
+        require_untrained(source.named_parameters(), own["weights"])
     if options.cache is None:
+        live.watch = Watch("The reference", source.named_parameters)
         return live, own["weights"]
     own["precision"] = f"{kind.label}, autocast {autocast_dtype}"
     caches: dict[SourceBatches, ReferenceCache] = {}
@@ -104,7 +113,10 @@ def read_references(
                 "files of one run, or delete them to compute the reference anew."
             )
         weights = found
-    return CachedReference(source, kind, autocast_dtype, caches), weights
+    watch = None
+    if kind.name == "hidden" and not kind.keeps_head:
+        watch = Watch("The output head", lambda: output_head(model).named_parameters())
+    return CachedReference(source, kind, autocast_dtype, caches, watch), weights
 
 
 def _file_of_source(path: Path, number: int) -> Path:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim._peft_private import adapter_parameters, is_merged
+from safegrad_optim._peft_private import adapter_parameters, inits_that_move_weights, is_merged
 from safegrad_optim.batches import Part
 from safegrad_optim.forward import Outputs, forward_at, unchanged_evaluation
 from safegrad_optim.parallel import synchronized
@@ -33,6 +33,7 @@ class Reference:
         file: safetensors file to keep the cache in; read by memory map if it exists and fits.
         resumed: the model has been fine-tuned already and may differ from its reference; without adapters
             this needs the `file` of the run that is resumed, or `ref_model`.
+        trained_here: the model was trained in this process, and is the aligned model as it is now.
 
     Raises:
         ValueError: `cache` is unknown, or is `None` with a `file`.
@@ -43,6 +44,7 @@ class Reference:
     top_k: int = 128
     file: str | PathLike[str] | None = None
     resumed: bool = False
+    trained_here: bool = False
 
     def __post_init__(self) -> None:
         if self.cache not in (None, *get_args(Cache)):
@@ -100,6 +102,13 @@ class AdaptersOff(ReferenceSource):
     def check(self) -> None:
         """Check that the model without its adapters is the aligned one."""
         advice = "or give a frozen copy of the aligned model as Reference(ref_model=...)."
+        moved = inits_that_move_weights(self.model)
+        if moved:
+            raise ValueError(
+                f"Adapters initialised by {moved[0]!r} (PiSSA and its kin) hold a part of the base weights; "
+                "without them the model is not the aligned one. Give a frozen copy of the model as it was "
+                "before get_peft_model() as Reference(ref_model=...)."
+            )
         merged = [name for name, module in self.model.named_modules() if is_merged(module)]
         if merged:
             raise ValueError(

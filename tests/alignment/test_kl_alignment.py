@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import peft
@@ -519,3 +520,39 @@ def test_malformed_sources_are_refused(make, error):
 def test_options_of_one_source_are_refused_beside_several():
     with pytest.raises(ValueError, match="are those of each SafetySource"):
         KLAlignment(tiny_peft(), [SafetySource(rows=safety_rows())], batch_size=4)
+
+
+@pytest.mark.parametrize(("scale", "is_refused"), [(0.03, False), (0.25, True)])
+def test_how_far_a_model_may_be_from_its_reference_at_the_start(scale, is_refused):
+    """Rounding is let pass; a tenth of a nat a token is not."""
+    model = tiny_peft()
+    perturb(model, scale)
+    found = KLAlignment(model, safety_rows(), reference=Reference(resumed=True))
+    found(trainable(model))
+    assert (0.05 < float(found.last_loss) < 0.5) == is_refused
+    with pytest.raises(ValueError, match="already differs") if is_refused else contextlib.nullcontext():
+        KLAlignment(model, safety_rows())
+
+
+def test_parameters_in_no_group_keep_what_gradient_they_have():
+    """None; with one, the step is refused, because another optimizer would take it."""
+    model = tiny_model()
+    alignment = KLAlignment(model, safety_rows())
+    first, *others = trainable(model)
+    first.grad = torch.ones_like(first)
+    grads = alignment([first])
+    assert len(grads) == 1
+    assert all(parameter.grad is None for parameter in others)
+    assert (first.grad == 1).all()
+    others[0].grad = torch.ones_like(others[0])
+    with pytest.raises(ValueError, match="1 parameters of the model have a gradient and are not of this"):
+        alignment([first])
+
+
+def test_the_scale_of_fp16_losses_is_resumed():
+    model = tiny_peft(dtype=torch.float16)
+    alignment = KLAlignment(model, safety_rows())
+    alignment._fp16_scale = 4.0
+    again = KLAlignment(model, safety_rows())
+    again.load_state_dict(alignment.state_dict())
+    assert again._fp16_scale == 4.0

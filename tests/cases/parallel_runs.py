@@ -17,11 +17,12 @@ def largest_move_of_rows_kept_by_a_hook(parallel):
     mask = torch.zeros(len(embedding), 1, dtype=embedding.dtype)
     mask[KEPT:] = 1
     embedding.register_hook(lambda grad: grad * mask)
-    alignment = KLAlignment(model, safety_rows())
+    trained = DistributedDataParallel(model) if parallel else model
+    alignment = KLAlignment(trained, safety_rows())
     perturb(model, 0.05)
     before = embedding.detach().clone()
     optimizer = SafeGradOptimizer(sgd(model), alignment)
-    user_backward(DistributedDataParallel(model) if parallel else model)
+    user_backward(trained)
     optimizer.step()
     moves = (embedding.detach() - before).abs()
     assert moves[KEPT:].any()

@@ -369,7 +369,6 @@ def no_alignment_of_its_own():
     return lambda parameters: inner(parameters)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 @pytest.mark.parametrize("build", [another_order, other_rows, other_positions, no_alignment_of_its_own])
 def test_the_state_of_a_run_with_another_alignment_is_refused(build):
     """A run resumes on the safety batches, positions and alignment that it was saved with."""

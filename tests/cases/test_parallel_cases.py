@@ -1,9 +1,6 @@
 """Situations of parallel training, as they should go."""
 
-import pytest
-
 from tests.cases.parallel_runs import largest_move_of_rows_kept_by_a_hook
-from tests.cases.support import PART_I
 
 
 def test_a_gradient_mask_by_hook_holds_on_one_rank():
@@ -11,7 +8,6 @@ def test_a_gradient_mask_by_hook_holds_on_one_rank():
     assert largest_move_of_rows_kept_by_a_hook(parallel=False) == 0.0
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_gradient_mask_by_hook_holds_on_two_ranks(ranks):
     """Rows that a hook on the parameter keeps do not move on several ranks either."""
     assert ranks(2, largest_move_of_rows_kept_by_a_hook, parallel=True) == [0.0, 0.0]

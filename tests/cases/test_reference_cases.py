@@ -66,7 +66,6 @@ def adapter_that_says(token, boost, rows, where):
     return model
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_an_adapter_that_holds_the_opening_of_a_refusal_is_refused():
     """The model is compared with its reference at the opening token too, not in the mean alone."""
     rows = long_rows(2)
@@ -80,7 +79,6 @@ def test_an_adapter_that_holds_the_opening_of_a_refusal_is_refused():
         KLAlignment(model, rows)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_reference_that_differs_in_a_later_batch_only_is_refused():
     """The model is compared with its reference on every safety batch."""
     rows = long_rows(4)
@@ -89,7 +87,6 @@ def test_a_reference_that_differs_in_a_later_batch_only_is_refused():
         KLAlignment(model, rows, batch_size=2)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_aligned_weights_that_are_loaded_afterwards_are_noticed():
     """A reference that was computed before the aligned weights were there is refused at the first step."""
     aligned = tiny_model(seed=7).state_dict()
@@ -100,7 +97,6 @@ def test_aligned_weights_that_are_loaded_afterwards_are_noticed():
         take_steps(model, optimizer, 1)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_the_advice_for_adapters_that_change_the_model_names_the_model_as_it_was():
     """PiSSA moves weights into its adapters: the error says to give the aligned model as ref_model."""
     config = peft.LoraConfig(
@@ -116,7 +112,6 @@ def test_the_advice_for_adapters_that_change_the_model_names_the_model_as_it_was
     assert divergence(alignment) == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_resumed_run_does_not_take_any_reference():
     """`resumed` allows a model that was fine-tuned, not a reference that is no aligned model."""
     config = peft.LoraConfig(
@@ -140,7 +135,6 @@ def merged_adapters():
     return tiny_peft(model=model.merge_and_unload())
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 @pytest.mark.parametrize("trained", [the_same_model, merged_adapters])
 def test_what_this_process_has_trained_becomes_no_reference_without_a_word(trained):
     """The second stage of a fine-tuning does not take the result of the first for the aligned model."""
@@ -164,7 +158,6 @@ def resize_head(model):
     model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 @pytest.mark.parametrize("change", [swap_head, overwrite_head, resize_head])
 def test_a_frozen_head_that_changes_is_noticed(change):
     """Hidden states that were kept need the head they came from."""
@@ -176,7 +169,6 @@ def test_a_frozen_head_that_changes_is_noticed(change):
         take_steps(model, optimizer, 2)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_base_weights_that_adapters_are_merged_into_are_noticed():
     """A merge by hand (ReLoRA) does not make the fine-tuned model the reference."""
     model = tiny_peft()
@@ -191,7 +183,6 @@ def test_base_weights_that_adapters_are_merged_into_are_noticed():
         take_steps(model, optimizer, 2)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_a_second_model_that_is_synchronised_is_noticed():
     """A reference model that follows the trained one (TRL's sync_ref_model) is no reference."""
     model = tiny_model()
@@ -215,7 +206,6 @@ def second_batch_zero(raw, header):
     raw[header + start : header + end] = bytes(end - start)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 @pytest.mark.parametrize(
     ("damage", "resumed"), [(all_zero, True), (second_batch_zero, True), (second_batch_zero, False)]
 )

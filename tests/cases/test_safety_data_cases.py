@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers.utils import chat_template_utils
 
 from safegrad_optim import KLAlignment, Reference, is_refusal, safety_rows
-from tests.cases.support import PART_I, PART_II, flat, refused, right_or_refused
+from tests.cases.support import PART_II, flat, refused, right_or_refused
 from tests.support import models
 from tests.support.models import padded, perturb, tiny_model, tiny_peft, trainable
 
@@ -90,7 +90,6 @@ def test_a_template_that_writes_the_date(tmp_path):
         KLAlignment(tiny_model(vocab_size=300), second, reference=Reference(file=path, resumed=True))
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=AssertionError)
 def test_the_state_of_a_run_on_another_days_rows_is_refused():
     """A LoRA run does not resume on other safety rows."""
     tokenizer = byte_tokenizer(template_of("llama3_2"))

@@ -515,3 +515,43 @@ def test_a_refused_state_leaves_the_gradient_that_still_serves_steps():
     set_grads(parameters, 1)
     optimizer.step()
     assert pulls.calls == 1
+
+
+def test_a_pushed_gradient_is_checked_against_the_parameters_of_the_step():
+    """Freezing one between push and step must not shift the gradients by one."""
+    parameters, optimizer = make()
+    optimizer.set_alignment_grad(random_grads(1))
+    parameters[0].requires_grad_(False)
+    for parameter in parameters[1:]:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="user-task gradients != .* alignment gradients"):
+        optimizer.step()
+
+
+def test_a_pulled_gradient_that_is_not_finite_serves_no_further_step():
+    """zero_grad() and go on with the next batch is what the error says."""
+    pulled = iter([float("nan"), 1.0])
+
+    def pull(parameters):
+        value = next(pulled)
+        return [torch.full_like(parameter, value) for parameter in parameters]
+
+    parameters, optimizer = make(pull, refresh_every=10)
+    set_grads(parameters, 3)
+    with pytest.raises(UnprotectedStepError, match="not finite"):
+        optimizer.step()
+    set_grads(parameters, 3)
+    optimizer.step()
+    assert optimizer.counts.steps == 1
+
+
+def test_a_null_step_in_mid_run_is_a_step():
+    """Only before there is any state do zero gradients at a learning rate of 0 mean that state is made."""
+    parameters, optimizer = make(lambda current: [torch.ones_like(parameter) for parameter in current])
+    set_grads(parameters, 3)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert optimizer.counts.steps == 2

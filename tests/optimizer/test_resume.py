@@ -73,9 +73,10 @@ def test_killed_and_resumed_from_the_fine_tuned_model(make, tmp_path):
 def test_a_reference_taken_from_the_fine_tuned_model_is_refused(tmp_path):
     run = Run(tiny_model).steps(0, 3)
     # The script reads its model from the checkpoint and takes it for the aligned one.
+    model = tiny_model(dtype=torch.float32)
+    model.load_state_dict(run.model.state_dict())
     drifted = SafeGradOptimizer(
-        torch.optim.AdamW(trainable(run.model), lr=0.01),
-        KLAlignment(run.model, safety_rows(6), batch_size=2),
+        torch.optim.AdamW(trainable(model), lr=0.01), KLAlignment(model, safety_rows(6), batch_size=2)
     )
     before = drifted.state_dict()
     with pytest.raises(ValueError, match=r"fine-tuned before KLAlignment was.*file=.*resumed=True"):
@@ -101,3 +102,15 @@ def test_a_saved_alignment_gradient_of_other_parameters_is_refused():
     with pytest.raises(ValueError, match=r"of 8 parameters.*has 7 trainable"):
         other.optimizer.load_state_dict(run.optimizer.state_dict())
     assert not other.optimizer.base_optimizer.state
+
+
+def test_where_the_base_refuses_its_state_ours_is_as_it_was():
+    run, other = (Run(tiny_peft).steps(0, steps) for steps in (2, 3))
+    state = other.optimizer.state_dict()
+    state["param_groups"][0]["params"] = state["param_groups"][0]["params"][:-1]
+    counts = run.optimizer.counts
+    with pytest.raises(ValueError, match="loaded state dict"):
+        run.optimizer.load_state_dict(state)
+    assert run.optimizer.counts == counts
+    uninterrupted = Run(tiny_peft).steps(0, 4)
+    assert_same_end(run.steps(2, 4), uninterrupted)

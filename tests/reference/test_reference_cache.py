@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from safegrad_optim import KLAlignment, Reference
@@ -225,3 +226,46 @@ def test_a_cache_file_is_mapped_and_not_read(cache_file):
     mapped = KLAlignment(tiny_model(), safety_rows(), reference=Reference(file=cache_file))
     assert str(cache_file.resolve()) in MAPS.read_text()
     assert tensors(mapped)[0].any()
+
+
+def test_a_save_that_fails_leaves_what_was_there(cache_file, monkeypatch):
+    """Complete or not at all: neither half a file nor a partial one beside it."""
+    KLAlignment(tiny_peft(), safety_rows(), reference=Reference(file=cache_file))
+    before = cache_file.read_bytes()
+
+    def fill_the_disk(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fill_the_disk)
+    other = cache_file.with_name("other.safetensors")
+    with pytest.raises(OSError, match="No space"):
+        KLAlignment(tiny_peft(), safety_rows(), reference=Reference(file=other))
+    assert [path.name for path in cache_file.parent.iterdir()] == [cache_file.name]
+    assert cache_file.read_bytes() == before
+    other.write_bytes(b"half")
+    with pytest.raises(ValueError, match="cannot be read as a cached reference"):
+        KLAlignment(tiny_peft(), safety_rows(), reference=Reference(file=other))
+
+
+def test_a_file_is_read_only_if_its_contents_are_what_was_written(cache_file):
+    """Any byte of any tensor, an entry less, a name or a shape: the digest is of all."""
+    KLAlignment(tiny_model(), safety_rows(6), batch_size=2, reference=Reference(file=cache_file))
+    with safe_open(cache_file, framework="pt") as file:
+        metadata = file.metadata()
+        whole = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    first, *others = sorted(whole)
+    bit = whole[first].clone()
+    bit.view(torch.uint8).flatten()[-1] ^= 1
+    damaged = [
+        whole | {first: bit},
+        {key: whole[key] for key in others},
+        whole | {first: whole[first].flatten()},
+        {key + "x" if key == first else key: value for key, value in whole.items()},
+    ]
+    for tensors_ in damaged:
+        save_file(tensors_, cache_file, metadata=metadata)
+        with pytest.raises(ValueError, match="does not hold what was written"):
+            KLAlignment(tiny_model(), safety_rows(6), batch_size=2, reference=Reference(file=cache_file))
+    save_file(whole, cache_file, metadata=metadata)
+    KLAlignment(tiny_model(), safety_rows(6), batch_size=2, reference=Reference(file=cache_file))

@@ -66,9 +66,9 @@ def trainable(model):
 
 
 def perturb(model, scale=0.3, seed=9):
-    """Stand-in for fine-tuning: move every trainable parameter."""
+    """Stand-in for fine-tuning: move every trainable parameter, and as if no one had written to it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable(model):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(scale * noise.to(parameter.dtype))
+            parameter.data.add_(scale * noise.to(parameter.dtype))
