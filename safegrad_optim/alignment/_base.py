@@ -62,12 +62,7 @@ class Alignment(ABC):
                 the model has gradients of other parameters.
             RuntimeError: the model was made parallel, or in another way, since this was built.
         """
-        share = share_of(self.model)
-        if share != self._share:
-            raise RuntimeError(
-                f"This rank computes {share} of each safety batch, but the alignment was built for "
-                f"{self._share}. Build it after init_process_group(), fully_shard() and parallelize_module()."
-            )
+        self._require_same_share()
         _require_no_others(self.model, parameters)
         with (
             synchronized(self.model),
@@ -86,6 +81,14 @@ class Alignment(ABC):
         for source in self._sources:
             source.taken += 1
         return grads
+
+    def _require_same_share(self) -> None:
+        share = share_of(self.model)
+        if share != self._share:
+            raise RuntimeError(
+                f"This rank computes {share} of each safety batch, but the alignment was built for "
+                f"{self._share}. Build it after init_process_group(), fully_shard() and parallelize_module()."
+            )
 
     def _scaled_backward(
         self, parameters: list[Tensor], touched: Iterable[Tensor]

@@ -102,6 +102,7 @@ class KLAlignment(Alignment):
 
     def __call__(self, parameters: list[Tensor]) -> list[Tensor | None]:
         """Return the gradient of the next safety batches' loss by each parameter; see `Alignment`."""
+        self._require_same_share()
         if self._start is not None:
             # Aligned weights that were loaded after the reference was computed, for example.
             if on_any_rank(marks_of(self._origin.named_parameters()) != self._start):
@@ -149,7 +150,7 @@ class KLAlignment(Alignment):
         parts: Sequence[Part] = [
             part for source, index in chosen for part in self._parts(source, index, self.micro_batch_size)
         ]
-        # One pass for all: a pass of few rows takes as long as one of many.
+        # In few passes: one of few rows takes as long as one of many.
         for part in joined(parts) if self.micro_batch_size is None else parts:
             divergences = self._reading.divergences(self.model, part)
             weighted = [

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,8 +116,12 @@ def read_references(
         weights = found
     watch = None
     if kind.name == "hidden" and not kind.keeps_head:
-        watch = Watch("The output head", lambda: output_head(model).named_parameters())
+        watch = Watch("The output head", partial(_head_parameters, model))
     return CachedReference(source, kind, autocast_dtype, caches, watch), weights
+
+
+def _head_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return output_head(model).named_parameters()
 
 
 def _file_of_source(path: Path, number: int) -> Path:

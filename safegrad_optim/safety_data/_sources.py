@@ -92,22 +92,21 @@ def safety_sources(
     ]
     found = None
     if training_data is not None:
-        prompts = training_prompts(training_data, tokenizer)
-        found = find_refused(source, tokenizer, prompts, opening, _REFUSING, _NEIGHBOURS, batch_size)
+        training = training_prompts(training_data, tokenizer)
+        found = find_refused(source, tokenizer, training, opening, _REFUSING, _NEIGHBOURS, batch_size)
         kept["training prompts"] = [prompt.tokens for prompt in found.flagged]
         texts = [row["request"] for row in rows]
-        prefixed = prefixed_tokens(texts, [prompt.tokens for prompt in prompts], tokenizer, seed=seed)
+        prefixed = prefixed_tokens(texts, [prompt.tokens for prompt in training], tokenizer, seed=seed)
         masses = _masses(source, prefixed, opening, batch_size)
         kept["prefixed requests"] = _above(prefixed, masses)
         lines += [str(found), _counted("requests behind training prompts are refused", rows, masses)]
-    by_name = {
-        name: SafetySource(
-            rows=opening_rows(model, tokenizer, prompts, len(opening.before) + _TOKENS[name], batch_size),
-            batch_size=_ROWS[name],
-        )
-        for name, prompts in kept.items()
-        if prompts
-    }
+    by_name = {}
+    for name, prompts in kept.items():
+        if prompts:
+            tokens = len(opening.before) + _TOKENS[name]
+            # By length, so that the rows of a batch need little padding.
+            own = opening_rows(model, tokenizer, sorted(prompts, key=len), tokens, batch_size)
+            by_name[name] = SafetySource(rows=own, batch_size=_ROWS[name])
     lines += [f"No rows of {name}: that source is left out." for name, prompts in kept.items() if not prompts]
     return SafetySources(by_name, "\n".join(lines), found)
 

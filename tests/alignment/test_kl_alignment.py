@@ -461,6 +461,29 @@ def test_sources_go_through_the_model_together(model, options):
     hook.remove()
 
 
+def test_a_source_of_long_rows_goes_through_the_model_by_itself():
+    """Beside a row of 60 tokens those of 8 would be computed as if they had 60."""
+    model, generator = tiny_peft(), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (2, 60), generator=generator).tolist()
+    long = [{"input_ids": row, "labels": [-100] * 58 + row[58:]} for row in ids]
+    sources = [
+        SafetySource(rows=safety_rows(4, seed=1)),
+        SafetySource(rows=long, batch_size=2, weight=0.5),
+        SafetySource(rows=safety_rows(3, seed=2)),
+    ]
+    made, apart = (KLAlignment(model, sources, micro_batch_size=size) for size in (None, 8))
+    perturb(model)
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    found = made(trainable(model))
+    assert len(shapes) == 2
+    assert shapes[0] == (2, 60)
+    assert shapes[1][0] == 7
+    assert_gradients_close(found, apart(trainable(model)), rtol=1e-6)
+
+
 def test_sources_whose_fields_are_not_one_entry_a_token_have_a_pass_each():
     def with_mask(rows):
         batch = padded(rows)

@@ -524,7 +524,7 @@ def test_a_pushed_gradient_is_checked_against_the_parameters_of_the_step():
     parameters[0].requires_grad_(False)
     for parameter in parameters[1:]:
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(ValueError, match="user-task gradients != .* alignment gradients"):
+    with pytest.raises(ValueError, match=r"user-task gradients != .* alignment gradients"):
         optimizer.step()
 
 

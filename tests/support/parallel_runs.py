@@ -195,7 +195,7 @@ def stays_as_it_was(micro_batches, head_unused=False, **options):
                     wrapped.alignment(trainable(model))
             grads = [parameter.grad for parameter in trainable(model)]
             found += [None if grad is None else full(grad) for grad in grads]
-            wrapped.base_optimizer.step()
+            wrapped.unwrap().step()
             wrapped.zero_grad()
     half = len(found) // 2
     pairs = list(zip(found[:half], found[half:], strict=True))
