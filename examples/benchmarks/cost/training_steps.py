@@ -30,17 +30,18 @@ class Schedule(NamedTuple):
     """What SafeGrad computes when."""
 
     refresh_every: int
-    is_default: bool = False
-    """Whether the rows are those of `safety_sources`, not one batch of refusals."""
+    rows: int | None = BATCH_SIZE
+    """Refusals to an alignment gradient; `None` for the rows of `safety_sources`."""
 
 
 SCHEDULES = {
     "k = 1": Schedule(1),
     "k = 4": Schedule(4),
     "k = 10": Schedule(10),
-    "safety_sources, k = 1": Schedule(1, is_default=True),
-    "safety_sources, k = 2": Schedule(2, is_default=True),
-    "safety_sources, k = 4": Schedule(4, is_default=True),
+    "k = 1, 2 rows": Schedule(1, rows=2),
+    "k = 2, 2 rows": Schedule(2, rows=2),
+    "k = 1, safety_sources": Schedule(1, rows=None),
+    "k = 4, safety_sources": Schedule(4, rows=None),
 }
 
 
@@ -109,8 +110,8 @@ def build(arm: str, work: Work, output_dir: Path) -> Step:
         return _peer_step(model, base_optimizer, work, output_dir)
     optimizer: torch.optim.Optimizer = base_optimizer
     if arm in SCHEDULES:
-        every, is_default = SCHEDULES[arm]
-        alignment = KLAlignment(model, work.sources if is_default else work.safety)
+        every, rows = SCHEDULES[arm]
+        alignment = KLAlignment(model, work.sources if rows is None else _of_rows(work.safety, rows))
         optimizer = SafeGradOptimizer(base_optimizer, alignment, refresh_every=every)
 
     def step(batch: Batch) -> None:
@@ -142,6 +143,15 @@ def _peer_step(
         optimizer.zero_grad()
 
     return step
+
+
+def _of_rows(batches: list[Batch], rows: int) -> list[Batch]:
+    """The same rows in smaller batches."""
+    return [
+        {name: value[start:][:rows] for name, value in batch.items()}
+        for batch in batches
+        for start in range(0, len(batch["labels"]), rows)
+    ]
 
 
 def _mean_tokens(batches: list[Batch]) -> float:
