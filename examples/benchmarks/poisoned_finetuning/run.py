@@ -110,7 +110,8 @@ class Bench:
         rows, attack = poisoned(cell, train, requests)
         judge = self.judge(cell, test, requests)
         began = time.perf_counter()
-        made = safety_rows_of(cell, self.model, self.tokenizer, rows, self.requests(True).safety)
+        advbench = self.requests(True).safety if cell.safety == "advbench" else []
+        made = safety_rows_of(cell, self.model, self.tokenizer, rows, advbench)
         known = {"safety": made.facts(attack), "prepared": time.perf_counter() - began}
         model: Any = peft.get_peft_model(self.model, lora())
         optimizer = optimizer_of(cell, model, made.sources)
