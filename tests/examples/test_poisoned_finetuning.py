@@ -330,6 +330,6 @@ def test_smoke_run_is_the_same_when_it_was_killed_and_started_again(tmp_path):
     assert len(whole) == 2, errors[-2000:]
     assert results.read_text().startswith(first)
     assert whole[0][0] | {"arm": "default"} == whole[1][0]
-    assert not list(results.with_suffix(".states").iterdir())
+    assert not list(results.with_suffix(".states").glob("*"))
     kl = [score["kl"][0] for _, score in whole]
     assert all(0.0 < value < math.inf for value in kl)

@@ -43,4 +43,5 @@ class State:
 
     def remove(self) -> None:
         """Forget it."""
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_suffix(".partial")):
+            path.unlink(missing_ok=True)
