@@ -27,9 +27,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     for name, tensor in parameters:
         architecture.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         tensors.append(tensor)
-        # The sum of its bit patterns modulo 2^64: exact, and the same on every device.
-        bits = local(tensor).detach().view(_BITS[tensor.element_size()])
-        sums.append(int(bits.sum(dtype=torch.int64)))
+        sums.append(sum_of_bits(tensor))
     for value in sum_of_shards(tensors, sums):
         weights.update(value.to_bytes(8, "little", signed=True))
     return {"architecture": architecture.hexdigest(), "weights": weights.hexdigest()}
@@ -57,6 +55,12 @@ def _opened(path: Path) -> Iterator[Any]:
             f"{path} cannot be read as a cached reference ({error}). Restore it; or, before any fine-tuning, "
             "delete it to compute the reference anew."
         ) from error
+
+
+def sum_of_bits(tensor: Tensor) -> int:
+    """Sum the bit patterns that this rank holds modulo 2^64: exact, and the same on every device."""
+    bits = local(tensor).detach().view(_BITS[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
 
 
 @dataclass
