@@ -62,7 +62,7 @@ class Alignment(ABC):
                 the model has gradients of other parameters.
             RuntimeError: the model was made parallel, or in another way, since this was built.
         """
-        self._require_same_share()
+        self._check_before_call()
         _require_no_others(self.model, parameters)
         with (
             synchronized(self.model),
@@ -82,7 +82,8 @@ class Alignment(ABC):
             source.taken += 1
         return grads
 
-    def _require_same_share(self) -> None:
+    def _check_before_call(self) -> None:
+        """Check what may have changed since this was built."""
         share = share_of(self.model)
         if share != self._share:
             raise RuntimeError(

@@ -100,16 +100,14 @@ class KLAlignment(Alignment):
             self._check_start()
             self._start = marks_of(origin.named_parameters())
 
-    def __call__(self, parameters: list[Tensor]) -> list[Tensor | None]:
-        """Return the gradient of the next safety batches' loss by each parameter; see `Alignment`."""
-        self._require_same_share()
+    def _check_before_call(self) -> None:
+        super()._check_before_call()
         if self._start is not None:
             # Aligned weights that were loaded after the reference was computed, for example.
             if on_any_rank(marks_of(self._origin.named_parameters()) != self._start):
                 self._check_start()
             self._start = None
             remember(self.model.named_parameters(), self._reference_weights)
-        return super().__call__(parameters)
 
     @property
     def cache(self) -> ReferenceCache | None:

@@ -5,6 +5,7 @@ from safegrad_optim.batches._batches import (
     Batch,
     Positions,
     SafetyBatches,
+    add_contents,
     as_batches,
     position_mask,
 )
@@ -12,4 +13,4 @@ from safegrad_optim.batches._parts import Part, Section, joined
 from safegrad_optim.batches._source import SafetySource, SourceBatches
 
 __all__ = ["IGNORE_INDEX", "Batch", "Part", "Positions", "SafetyBatches", "SafetySource", "Section"]
-__all__ += ["SourceBatches", "as_batches", "joined", "position_mask"]
+__all__ += ["SourceBatches", "add_contents", "as_batches", "joined", "position_mask"]

@@ -1,5 +1,7 @@
 """From whatever rows the user has to a list of checked batches."""
 
+import ctypes
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -33,6 +35,15 @@ def as_batches(safety_batches: SafetyBatches, *, positions: Positions, batch_siz
     for index, batch in enumerate(batches):
         _check(batch, index, positions)
     return batches
+
+
+def add_contents(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None:
+    """Add the names, shapes, dtypes and contents of tensors on the CPU to a digest."""
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
+        tensor = value.contiguous()
+        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
 def position_mask(batch: Batch, positions: Positions) -> Tensor:

@@ -1,6 +1,5 @@
 """A source of safety rows, their order, and the parts of a rank."""
 
-import ctypes
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from safegrad_optim.batches._batches import (
     Batch,
     Positions,
     SafetyBatches,
+    add_contents,
     as_batches,
     position_mask,
 )
@@ -69,11 +69,7 @@ class SourceBatches:
         """SHA-256 of the contents of the batches and of which positions are compared."""
         contents = hashlib.sha256(self.positions.encode())
         for batch in self.batches:
-            for name, value in sorted(batch.items()):
-                contents.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-                # By address, because neither numpy nor a uint8 view is there for every dtype and setup.
-                tensor = value.contiguous()
-                contents.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+            add_contents(contents, batch)
         return contents.hexdigest()
 
     def next_index(self) -> int:

@@ -1,6 +1,5 @@
 """The reference, computed once: kept in memory or in a safetensors file that knows what it is of."""
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from safegrad_optim.batches import add_contents
 from safegrad_optim.parallel import local, sum_of_shards
 
 _FORMAT = "safegrad_optim reference 3"
@@ -36,10 +36,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors with their names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        contiguous = tensor.contiguous()
-        digest.update(ctypes.string_at(contiguous.data_ptr(), contiguous.nbytes))
+    add_contents(digest, tensors)
     return digest.hexdigest()
 
 

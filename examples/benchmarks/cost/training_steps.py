@@ -53,7 +53,6 @@ class Work(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     user: list[Batch]
     safety: list[Batch]
-    sources: SafetySources
     device: str
     mode: str
     """"lora" or "full"."""
@@ -78,9 +77,7 @@ def prepare(mode: str, device: str, dtype: torch.dtype) -> Work:
         for rows in (shuffle.sample(messages, len(messages)), shuffle.sample(refusals, len(refusals)))
     )
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of it has lost its types
-    prompts = [turn.prompt for turn in messages[:REQUESTS] + harmful_turns("attack")[:REQUESTS]]
-    sources = safety_sources(model, tokenizer, prompts, requests=shipped_requests()[::STRIDE])
-    return Work(model, tokenizer, user, safety, sources, device, mode)
+    return Work(model, tokenizer, user, safety, device, mode)
 
 
 def with_adapters(model: PreTrainedModel) -> PeftModel:
@@ -111,7 +108,7 @@ def build(arm: str, work: Work, output_dir: Path) -> Step:
     optimizer: torch.optim.Optimizer = base_optimizer
     if arm in SCHEDULES:
         every, rows = SCHEDULES[arm]
-        alignment = KLAlignment(model, work.sources if rows is None else _of_rows(work.safety, rows))
+        alignment = KLAlignment(model, _sources(work) if rows is None else _of_rows(work.safety, rows))
         optimizer = SafeGradOptimizer(base_optimizer, alignment, refresh_every=every)
 
     def step(batch: Batch) -> None:
@@ -143,6 +140,13 @@ def _peer_step(
         optimizer.zero_grad()
 
     return step
+
+
+def _sources(work: Work) -> SafetySources:
+    """Those of the recommended recipe, here so that no other arm has them in its memory."""
+    prompts = [row["prompt"] for row in read_rows("tickets", "train")[:REQUESTS]]
+    prompts += [turn.prompt for turn in harmful_turns("attack")[:REQUESTS]]
+    return safety_sources(work.model, work.tokenizer, prompts, requests=shipped_requests()[::STRIDE])
 
 
 def _of_rows(batches: list[Batch], rows: int) -> list[Batch]:
