@@ -295,6 +295,7 @@ def test_ranks_scale_fp16_alike(ranks):
         (runs.other_rows_on_a_rank, {}, "Ranks were given different safety batches"),
         (runs.other_rho_on_a_rank, {}, "Ranks were given different rho: rank 0 has 1.0, rank 1 2.0"),
         (runs.tensor_parallel_after_the_alignment, {}, "Build it after"),
+        (runs.head_written_before_sharding, {}, "The output head changed since KLAlignment was built"),
         (runs.fsdp1, {}, r"FSDP1.*fully_shard"),
         (runs.deepspeed_zero3, {}, r"ZeRO-3.*fully_shard"),
         (runs.deepspeed_zero2, {}, r"All 1 alignment gradients are None.*ZeRO"),

@@ -20,7 +20,7 @@ from safegrad_optim.safety_data import refused_prompts
 from safegrad_optim.safety_data._rows import opening_rows
 from tests.support.chat import TOKENIZER
 from tests.support.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
-from tests.support.parallel_models import full, parallel, sum_gradients, tensor_parallel, unreduced
+from tests.support.parallel_models import full, parallel, shard, sum_gradients, tensor_parallel, unreduced
 
 STEPS = 5
 USER_ROWS = 4
@@ -331,6 +331,16 @@ def tensor_parallel_after_the_alignment():
     _, wrapped, _, _ = build(mode="ddp")
     tensor_parallel(wrapped.alignment.model, init_device_mesh("cpu", (dist.get_world_size(),)))
     wrapped.alignment(trainable(wrapped.alignment.model))
+
+
+def head_written_before_sharding():
+    model = tiny_peft()
+    alignment = KLAlignment(model, safety_rows())
+    with torch.no_grad():
+        # On one rank's shard only.
+        model.get_base_model().lm_head.weight[0].mul_(2)
+    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    alignment(trainable(model))
 
 
 def fsdp1():
