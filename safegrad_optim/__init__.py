@@ -22,6 +22,7 @@ from safegrad_optim.alignment import KLAlignment, LossAlignment
 from safegrad_optim.batches import SafetySource
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.optimizer import ChainedOptimizer, SafeGradOptimizer, StepCounts, UnprotectedStepError
+from safegrad_optim.protection import Protection, ProtectionCheck, ProtectionLostError
 from safegrad_optim.reference import Reference
 from safegrad_optim.safety_data import (
     SafetySources,
@@ -54,5 +55,6 @@ __all__ = [
 ]
 __all__ += ["SafetySources", "is_refusal", "safety_rows", "safety_sources", "with_prompt_prefixes"]
 __all__ += ["shipped_harmless_prompts", "shipped_requests"]
+__all__ += ["Protection", "ProtectionCheck", "ProtectionLostError"]
 __all__ += ["GradientProducts", "StepCounts", "SurgeryStats", "UnprotectedStepError"]
 __all__ += ["combine", "combine_", "inner_products", "kl_divergence", "project_conflicting"]

@@ -110,8 +110,6 @@ def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = 
         with torch.random.fork_rng(cuda), autocast(model, autocast_dtype):
             yield
     finally:
-        # Weights cast under no_grad have no graph; a later forward would lose its gradients to them.
-        torch.clear_autocast_cache()
         for module, flag in training.items():
             module.training = flag
         with torch.no_grad():
@@ -124,5 +122,5 @@ def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = 
 def autocast(model: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
     """Return autocast to `dtype` on the device the model is computed with, off where it is `None`."""
     device = device_type(next(model.parameters()))
-    # Its weight cache would serve weights cast for the reference, without a graph, to the model.
+    # Its cache would serve weights cast for the reference, without a graph, to model and training loop.
     return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)

@@ -27,13 +27,14 @@ ROOMS = {
     "forward": PRIVATE | {"parallel", "batches", "divergence"},
     "reference": PRIVATE | {"parallel", "batches", "divergence", "forward"},
     "safety_data": PRIVATE | {"parallel", "batches", "forward", "reference"},
+    "protection": PRIVATE | {"parallel", "batches", "forward", "reference", "safety_data"},
     "alignment": PRIVATE | {"parallel", "batches", "divergence", "forward", "reference"},
     "surgery": PRIVATE | {"parallel"},
     "optimizer": PRIVATE | {"parallel", "surgery"},
     "integrations": PRIVATE
     | {"parallel", "batches", "divergence", "forward", "reference", "safety_data"}
-    | {"alignment", "surgery", "optimizer"},
-    "__init__": {"divergence", "reference", "safety_data", "alignment", "surgery", "optimizer"}
+    | {"protection", "alignment", "surgery", "optimizer"},
+    "__init__": {"divergence", "reference", "safety_data", "protection", "alignment", "surgery", "optimizer"}
     | {"parallel", "batches", "forward"},
 }
 

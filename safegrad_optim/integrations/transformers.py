@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
@@ -17,6 +17,7 @@ from safegrad_optim.alignment import Alignment, KLAlignment
 from safegrad_optim.batches import SafetyBatches
 from safegrad_optim.integrations import _trainer
 from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
+from safegrad_optim.protection import ProtectionCheck
 
 __all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
 
@@ -93,13 +94,22 @@ class SafeGradCallback(TrainerCallback, ExportableState):
     (by the fp16 loss scaler); all as if a resumed run had not stopped. It waits for the device at logs and
     checkpoints only.
 
+    With a `ProtectionCheck` also what its last check found since the last log, and once more at the end:
+    refusal_kept, of all requests and of each origin, over_refusal and flipped.
+
+    Args:
+        check: whether refusals last; with `on_leak="stop"` a leak ends the training.
+
     Raises:
+        ProtectionLostError: there is a leak, and the check's `on_leak` is "raise".
         UnprotectedStepError: when training starts, the Trainer's optimizer is no `SafeGradOptimizer`.
         NotImplementedError: when training starts, the Trainer uses DeepSpeed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: ProtectionCheck | None = None) -> None:
         self._optimizer: SafeGradOptimizer | None = None
+        self._check = check
+        self._found: dict[str, float] = {}
         self._before_reporters = False
         self._skipped = 0
         self._clear()
@@ -137,6 +147,8 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._sums = torch.tensor(saved["sums"], dtype=torch.float64)
             self._steps, self._draws, self._skipped = saved["counts"]
+            if self._check is not None and "check" in saved:
+                self._check.load_state_dict(saved["check"])
 
     def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         assert self._optimizer is not None
@@ -151,6 +163,16 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         self._sums = self._sums.to(new) + new
         self._steps += 1
         self._last_stats, self._last_loss = stats, loss
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._check is not None and (found := self._check(state.global_step)) is not None:
+            self._found = found.metrics()
+            control.should_training_stop |= self._check.should_stop
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if self._check is not None:
+            found = self._check.judged(state.global_step)
+            state.log_history.append({"step": found.step} | _named(found.metrics()))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # Evaluations and the summary at the end are logged through here as well.
@@ -167,7 +189,8 @@ class SafeGradCallback(TrainerCallback, ExportableState):
             metrics["alignment_kl" if is_kl else "alignment_loss"] = losses / self._draws
         metrics["unprotected_steps"] = self._optimizer.counts.unprotected
         metrics["skipped_steps"] = self._skipped
-        metrics = {f"safegrad/{name}": value for name, value in metrics.items()}
+        metrics = _named(metrics | self._found)
+        self._found = {}
         logs.update(metrics)
         _trainer.add_to_last_log(state, metrics)
         self._clear()
@@ -175,11 +198,16 @@ class SafeGradCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what goes into the `trainer_state.json` of a checkpoint."""
         counts = [self._steps, self._draws, self._skipped]
-        return {"args": {}, "attributes": {}, "sums": self._sums.tolist(), "counts": counts}
+        check = {} if self._check is None else {"check": self._check.state_dict()}
+        return {"args": {}, "attributes": {}, "sums": self._sums.tolist(), "counts": counts} | check
 
     def _clear(self) -> None:
         self._sums = torch.zeros(len(_FIELDS) + 1, dtype=torch.float64)
         self._steps = self._draws = 0
+
+
+def _named(metrics: dict[str, float]) -> dict[str, float]:
+    return {f"safegrad/{name}": value for name, value in metrics.items()}
 
 
 def _last_loss(optimizer: SafeGradOptimizer) -> Tensor | None:

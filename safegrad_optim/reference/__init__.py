@@ -12,7 +12,7 @@ ValueError: cache is 'some', expected one of ('exact', 'hidden', 'logits', 'top_
 """
 
 from safegrad_optim.divergence import top_k_kl_divergence
-from safegrad_optim.reference._cache import ReferenceCache
+from safegrad_optim.reference._cache import ReferenceCache, fingerprint
 from safegrad_optim.reference._reading import Reading, read_references
 from safegrad_optim.reference._source import Reference, ReferenceSource, reference_source
 from safegrad_optim.reference._trained import remember
@@ -20,6 +20,7 @@ from safegrad_optim.reference._watch import marks_of
 
 __all__ = ["Reading", "Reference", "ReferenceCache", "ReferenceSource", "read_references"]
 __all__ += [
+    "fingerprint",
     "marks_of",
     "reference_source",
     "remember",

@@ -16,13 +16,14 @@ True
 """
 
 from safegrad_optim.safety_data._jsonl import read_jsonl
+from safegrad_optim.safety_data._openings import openings
 from safegrad_optim.safety_data._prefixes import with_prompt_prefixes
 from safegrad_optim.safety_data._refused import RefusedPrompts, refused_prompts
 from safegrad_optim.safety_data._replies import greedy_tokens, is_refusal
-from safegrad_optim.safety_data._rows import safety_rows
+from safegrad_optim.safety_data._rows import prompt_tokens, safety_rows
 from safegrad_optim.safety_data._shipped import shipped_harmless_prompts, shipped_requests
 from safegrad_optim.safety_data._sources import SafetySources, safety_sources
 
 __all__ = ["greedy_tokens", "is_refusal", "read_jsonl", "safety_rows", "shipped_harmless_prompts"]
 __all__ += ["RefusedPrompts", "SafetySources", "refused_prompts", "safety_sources", "shipped_requests"]
-__all__ += ["with_prompt_prefixes"]
+__all__ += ["openings", "prompt_tokens", "with_prompt_prefixes"]

@@ -11,7 +11,7 @@ from safegrad_optim.parallel import inner_module
 from safegrad_optim.reference import ReferenceSource, reference_source
 from safegrad_optim.safety_data._neighbours import BANK, mean_over_neighbours
 from safegrad_optim.safety_data._openings import Opening, calibrated, openings
-from safegrad_optim.safety_data._rows import chat_tokens, messages_of, opening_rows, template_ends
+from safegrad_optim.safety_data._rows import opening_rows, prompt_tokens, template_ends
 from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
 
 _PLAUSIBLE = 0.5
@@ -150,7 +150,4 @@ def _known(name: str, rows: Sequence[str | Mapping[str, Any]], tokenizer: Any) -
     """The prompts to calibrate by."""
     if not rows:
         raise ValueError(f"There are no {name} to calibrate by. Give some, or those of shipped_requests().")
-    return [
-        chat_tokens(name, tokenizer, messages_of(f"Row {index} of the {name}", row), True)
-        for index, row in enumerate(rows)
-    ]
+    return [prompt_tokens(f"Row {index} of the {name}", row, tokenizer) for index, row in enumerate(rows)]

@@ -164,6 +164,11 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
+def prompt_tokens(name: str, row: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a row without a reply, through what opens one; `name` is how errors call it."""
+    return chat_tokens(name, tokenizer, messages_of(name, row), True)
+
+
 def chat_tokens(name: str, tokenizer: Any, messages: list[Message], reply_follows: bool) -> list[int]:
     """The tokens of messages in the chat template, with what opens a reply if one follows."""
     try:

@@ -1,5 +1,6 @@
 """The safety sources that are recommended: from requests, their look-alikes, and the training data."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from safegrad_optim.reference import ReferenceSource, reference_source
 from safegrad_optim.safety_data._openings import Opening, calibrated, openings
 from safegrad_optim.safety_data._prefixes import prefixed_tokens
 from safegrad_optim.safety_data._refused import RefusedPrompts, find_refused
-from safegrad_optim.safety_data._rows import chat_tokens, opening_rows
+from safegrad_optim.safety_data._rows import opening_rows, prompt_tokens
 from safegrad_optim.safety_data._shipped import shipped_harmless_prompts, shipped_requests
-from safegrad_optim.safety_data._training_prompts import TrainingData, training_prompts
+from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
 
 _REFUSING = 0.5
 _NEIGHBOURS = 8
+# Refused training prompts from which on some are kept to check by, and at most how many.
+_ENOUGH_TO_SPARE, _CHECKED = 16, 24
 # Of each source: rows a step, and compared tokens from the one that decides whether a reply refuses.
 _ROWS = {"requests": 2, "lookalikes": 2, "training prompts": 4, "prefixed requests": 2}
 _TOKENS = {"requests": 2, "lookalikes": 2, "training prompts": 1, "prefixed requests": 2}
@@ -31,6 +34,8 @@ class SafetySources:
     by_name: Mapping[str, SafetySource]
     report: str
     refused_prompts: RefusedPrompts | None
+    kept_out: Sequence[TrainingPrompt]  # refused training prompts that are in no row, to check by
+    opening: Opening  # the token of replies that tells which prompts are refused
 
     def __iter__(self) -> Iterator[SafetySource]:
         return iter(self.by_name.values())
@@ -52,7 +57,8 @@ def safety_sources(
 
     - "requests": unsafe requests that the model refuses;
     - "lookalikes": harmless requests of the same words that it answers, against over-refusal;
-    - "training prompts": those prompts of the training data that it refuses, see `refused_prompts`;
+    - "training prompts": those prompts of the training data that it refuses, see `refused_prompts`, but for
+      some that `ProtectionCheck` checks by;
     - "prefixed requests": the unsafe requests behind the first words of training prompts.
 
     Each row has the first tokens of the aligned model's own reply. Whether that refuses is known by the
@@ -77,29 +83,33 @@ def safety_sources(
     rows = shipped_requests() if requests is None else list(requests)
     unsafe, harmless = (_prompts(rows, name, tokenizer) for name in ("request", "lookalike"))
     # The look-alikes alone, of which a model refuses some by mistake, would blur what an answer opens with.
-    others = [_prompt(row["prompt"], tokenizer) for row in shipped_harmless_prompts() if requests is None]
+    others = [
+        prompt_tokens("A prompt", row["prompt"], tokenizer)
+        for row in shipped_harmless_prompts()
+        if requests is None
+    ]
     source = reference_source(inner_module(model))
     opening = calibrated(source, unsafe, harmless + others, batch_size)
     _require_separation(opening)
     answered = 1 - opening.of_harmless[: len(harmless)]
-    kept = {
-        "requests": _above(unsafe, opening.of_unsafe),
-        "lookalikes": _above(harmless, answered),
-    }
+    kept = {"requests": _above(unsafe, opening.of_unsafe), "lookalikes": _above(harmless, answered)}
     lines = [
         _counted("unsafe requests are refused", rows, opening.of_unsafe),
         _counted("look-alikes are answered", rows, answered),
     ]
     found = None
+    kept_out: list[TrainingPrompt] = []
     if training_data is not None:
         training = training_prompts(training_data, tokenizer)
         found = find_refused(source, tokenizer, training, opening, _REFUSING, _NEIGHBOURS, batch_size)
-        kept["training prompts"] = [prompt.tokens for prompt in found.flagged]
+        kept_out = _drawn_to_check(found.flagged, seed)
+        kept["training prompts"] = [prompt.tokens for prompt in found.flagged if prompt not in kept_out]
         texts = [row["request"] for row in rows]
         prefixed = prefixed_tokens(texts, [prompt.tokens for prompt in training], tokenizer, seed=seed)
         masses = _masses(source, prefixed, opening, batch_size)
         kept["prefixed requests"] = _above(prefixed, masses)
-        lines += [str(found), _counted("requests behind training prompts are refused", rows, masses)]
+        lines += [_counted("requests behind training prompts are refused", rows, masses), str(found)]
+        lines += [f"{len(kept_out)} of them are in no safety row, for ProtectionCheck."] * bool(kept_out)
     by_name = {}
     for name, prompts in kept.items():
         if prompts:
@@ -108,7 +118,13 @@ def safety_sources(
             own = opening_rows(model, tokenizer, sorted(prompts, key=len), tokens, batch_size)
             by_name[name] = SafetySource(rows=own, batch_size=_ROWS[name])
     lines += [f"No rows of {name}: that source is left out." for name, prompts in kept.items() if not prompts]
-    return SafetySources(by_name, "\n".join(lines), found)
+    return SafetySources(by_name, "\n".join(lines), found, kept_out, opening)
+
+
+def _drawn_to_check(flagged: Sequence[TrainingPrompt], seed: int) -> list[TrainingPrompt]:
+    if len(flagged) < _ENOUGH_TO_SPARE:
+        return []
+    return random.Random(seed).sample(flagged, min(_CHECKED, len(flagged) // 4))
 
 
 def _require_separation(opening: Opening) -> None:
@@ -130,11 +146,9 @@ def _prompts(rows: Sequence[Mapping[str, Any]], name: str, tokenizer: Any) -> li
                 f"Row {index} of the requests has no '{name}', found {sorted(row)}. Each row wants a text as "
                 "'request' and a harmless one of the same words as 'lookalike', or all refusals are one."
             )
-    return [_prompt(row[name], tokenizer) for row in rows]
-
-
-def _prompt(text: str, tokenizer: Any) -> list[int]:
-    return chat_tokens("A request", tokenizer, [{"role": "user", "content": text}], True)
+    return [
+        prompt_tokens(f"The {name} of row {index}", row[name], tokenizer) for index, row in enumerate(rows)
+    ]
 
 
 def _above(prompts: Sequence[Sequence[int]], masses: Tensor) -> list[Sequence[int]]:

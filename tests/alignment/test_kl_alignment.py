@@ -198,6 +198,50 @@ def test_model_is_left_as_it_was():
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_a_buffer_that_the_forward_replaces_is_put_back():
+    model = tiny_peft()
+    model.register_buffer("seen", torch.zeros(1))
+    model.register_forward_hook(lambda module, args, output: setattr(module, "seen", module.seen + 1))
+    alignment = KLAlignment(model, safety_rows())
+    before = model.seen
+    alignment(trainable(model))
+    assert model.seen is before
+    assert before.item() == 0.0
+
+
+def test_a_model_that_calls_its_head_twice_is_refused():
+    model = tiny_peft()
+    head = model.get_output_embeddings()
+    inside = model.get_base_model().forward
+
+    def predict_more(*args, **options):
+        head(torch.zeros(*options["input_ids"].shape, head.in_features, dtype=head.weight.dtype))
+        return inside(*args, **options)
+
+    model.get_base_model().forward = predict_more
+    with pytest.raises(RuntimeError, match=r"from one call of the head, found .* from 2"):
+        KLAlignment(model, safety_rows())
+
+
+def test_hooks_of_the_user_on_the_head_see_the_compared_positions_only():
+    model, rows = tiny_peft(), safety_rows()
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1]))
+    KLAlignment(model, rows)
+    tokens = sum(label != -100 for row in rows for label in row["labels"])
+    assert {sum(shape.numel() for shape in seen) % tokens} == {0}
+    assert {shape[0] for shape in seen} == {1}
+
+
+def test_weights_cast_for_the_reference_do_not_reach_the_training_loop():
+    model = tiny_model(dtype=torch.float32)
+    batch = padded(safety_rows())
+    with torch.autocast("cpu", torch.bfloat16):
+        KLAlignment(model, safety_rows(), autocast_dtype=torch.bfloat16)
+        model(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_a_failing_loss_leaves_the_user_gradient_and_the_order():
     model = tiny_peft()
     alignment = KLAlignment(model, safety_rows())
@@ -324,6 +368,15 @@ def test_a_reference_that_trains_along_is_refused(share_all):
     other.model.embed_tokens.weight = model.model.embed_tokens.weight
     with pytest.raises(ValueError, match=r"shares \d+ trainable parameters.*deepcopy"):
         KLAlignment(model, safety_rows(), reference=Reference(ref_model=other))
+
+
+def test_a_reference_may_share_what_is_frozen():
+    model = tiny_model()
+    model.model.embed_tokens.requires_grad_(False)
+    other = copy.deepcopy(model)
+    other.model.embed_tokens.weight = model.model.embed_tokens.weight
+    alignment = KLAlignment(model, safety_rows(), reference=Reference(ref_model=other))
+    assert not any(gradient.any() for gradient in alignment(trainable(model)))
 
 
 def test_full_fine_tuning_needs_a_cache():

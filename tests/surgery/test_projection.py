@@ -249,6 +249,17 @@ def test_complex_gradients_count_as_pairs_of_reals():
     )
 
 
+def test_complex_gradients_may_be_conjugated_lazily():
+    user, alignment = torch.tensor([1 - 2j, 0.5j]), torch.tensor([-1 + 1j, 1.0])
+    expected = combine([user.conj().resolve_conj()], [alignment], 1.0)[0][0]
+    lazy = user.clone().conj()
+    (found,), _ = combine_([lazy], [alignment], 1.0)
+    assert found is lazy
+    assert torch.equal(found, expected)
+    mirrored = combine([user], [alignment.conj()], 1.0)[0][0]
+    assert torch.equal(mirrored, combine([user], [alignment.conj().resolve_conj()], 1.0)[0][0])
+
+
 def sparse(indices, values, size=6):
     return torch.sparse_coo_tensor([indices], torch.tensor(values), (size, 2), check_invariants=True)
 
@@ -295,6 +306,12 @@ def test_an_alignment_gradient_below_rounding_does_not_steer(factor):
     assert bool(stats.negligible)
     assert not stats.conflict
     assert not bool(combine(user, [1e-6 * torch.tensor([-1.0, 0.0])], 1.0)[1].negligible)
+
+
+def test_the_widest_rounding_of_a_list_says_what_is_negligible():
+    alone = [torch.tensor([1.0], dtype=torch.float64)]
+    assert not combine(alone, [1e-9 * alone[0]], 1.0)[1].negligible
+    assert combine([*alone, torch.zeros(1)], [1e-9 * alone[0], torch.zeros(1)], 1.0)[1].negligible
 
 
 def test_nothing_at_all():

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
-from math import sqrt
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from benchmarks.poisoned_finetuning.cells import Cell
+from safegrad_optim.protection import wilson_interval
 
 __all__ = ["RATES", "Rate", "markdown", "pooled", "rate", "wilson"]
 
@@ -35,21 +34,8 @@ class Rate(NamedTuple):
 
 
 def wilson(count: float, of: float) -> Rate:
-    """The share `count / of` with Wilson's 95 % score interval.
-
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-
-    It takes the rows for independent; what seeds differ by beyond that is not in it.
-
-    Reference: Wilson, *Probable Inference*, JASA 22 (1927).
-    """
-    z = NormalDist().inv_cdf(0.975)
-    p = count / of
-    centre = p + z * z / (2 * of)
-    spread = z * sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-    scale = 1 + z * z / of
-    # At 0 and 1 rounding would take the last digit of the share, which belongs to the interval.
-    return Rate(p, max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale)))
+    """The share `count / of` and its interval, which takes the rows for independent."""
+    return Rate(count / of, *wilson_interval(count, of))
 
 
 def pooled(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
