@@ -17,9 +17,16 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, get_constant_schedule_with_warmup
 
-from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
-from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_rows
+from safegrad_optim import (
+    KLAlignment,
+    ProtectionCheck,
+    SafeGradOptimizer,
+    safety_rows,
+    safety_sources,
+    shipped_requests,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,12 +47,20 @@ def main(arguments: list[str] | None = None) -> None:
     harmful = [turn._asdict() for turn in harmful_turns("attack")]
     rows = safety_rows(read_rows("tickets", "train")[:224] + harmful, tokenizer)
     random.Random(0).shuffle(rows)
-    safety = safety_rows([turn._asdict() for turn in refusal_turns("safety")], tokenizer)
 
     model = accelerator.prepare(model)  # first, so that the alignment is of the model in its place
+    sources = safety_sources(
+        model, tokenizer, rows, requests=shipped_requests()[::4]
+    )  # fewer, to start sooner
+    accelerator.print(sources)
+    check = ProtectionCheck(model, tokenizer, sources)
+    before = check.judged(0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     safegrad = SafeGradOptimizer(
-        torch.optim.AdamW(parameters, lr=3e-4), KLAlignment(model, safety), max_grad_norm=1.0, refresh_every=4
+        torch.optim.AdamW(parameters, lr=3e-4),
+        KLAlignment(model, sources),
+        max_grad_norm=1.0,
+        refresh_every=4,
     )
     optimizer, loader, scheduler = accelerator.prepare(
         safegrad,
@@ -67,10 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 steps, cosine = safegrad.counts.steps, safegrad.stats.cosine.item()
+                check(steps)
                 accelerator.print(f"step {steps}: loss {loss:.3f}, cosine {cosine:+.3f}")
                 if steps == options.steps:
                     break
     accelerator.save_state(options.output_dir)
+    accelerator.print(f"Before: {before}\nAfter: {check.judged(options.steps)}")
     accelerator.print(f"{safegrad.counts}. State: {options.output_dir}")
 
 

@@ -22,9 +22,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import DataCollatorForSeq2Seq
 
-from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
-from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_rows
+from safegrad_optim import (
+    KLAlignment,
+    ProtectionCheck,
+    SafeGradOptimizer,
+    safety_rows,
+    safety_sources,
+    shipped_requests,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,12 +62,16 @@ def main(arguments: list[str] | None = None) -> None:
     harmful = [turn._asdict() for turn in harmful_turns("attack")]
     rows = safety_rows(read_rows("tickets", "train")[:224] + harmful, tokenizer)
     random.Random(0).shuffle(rows)
-    safety = safety_rows([turn._asdict() for turn in refusal_turns("safety")], tokenizer)
     collate = DataCollatorForSeq2Seq(tokenizer)
 
     # After fully_shard, before the weights change: the reference is the aligned model. All ranks give
     # all safety rows, each computes its share.
-    alignment = KLAlignment(model, safety)
+    sources = safety_sources(
+        model, tokenizer, rows, requests=shipped_requests()[::4]
+    )  # fewer, to start sooner
+    check = ProtectionCheck(model, tokenizer, sources)
+    before = check.judged(0)
+    alignment = KLAlignment(model, sources)
     optimizer = SafeGradOptimizer(
         torch.optim.AdamW(model.parameters(), lr=2e-5), alignment, max_grad_norm=1.0
     )
@@ -81,14 +92,17 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         dist.all_reduce(loss.detach_())
+        check(optimizer.counts.steps)
         if rank == 0:
             steps, cosine = optimizer.counts.steps, optimizer.stats.cosine.item()
             kl = alignment.last_loss.item()
             print(f"step {steps}: loss {loss / size:.4f}, cosine {cosine:+.4f}, KL {kl:.5f}", flush=True)
 
+    after = check.judged(options.steps)
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=options.output_dir)
     if rank == 0:
+        print(f"{sources}\nBefore: {before}\nAfter: {after}")
         print(f"{optimizer.counts}. Checkpoint: {options.output_dir}")
     dist.destroy_process_group()
 

@@ -15,9 +15,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
-from safegrad_optim import Reference, safety_rows
+from safegrad_optim import ProtectionCheck, Reference, safety_rows, safety_sources, shipped_requests
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 
 
@@ -36,8 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     model = get_peft_model(model, lora)
 
     harmful = [turn._asdict() for turn in harmful_turns("attack")]
-    rows = safety_rows(read_rows("tickets", "train")[:224] + harmful, tokenizer)
-    safety = safety_rows([turn._asdict() for turn in refusal_turns("safety")], tokenizer)
+    turns = read_rows("tickets", "train")[:224] + harmful
+    sources = safety_sources(
+        model, tokenizer, turns, requests=shipped_requests()[::4]
+    )  # fewer, to start sooner
+    print(sources)
+    check = ProtectionCheck(model, tokenizer, sources)
+    before = check.judged(0)
 
     args = TrainingArguments(
         output_dir=str(options.output_dir),
@@ -53,16 +58,17 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = Trainer(
         model,
         args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(safety_rows(turns, tokenizer)),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         # The reference is the model with its adapters off, so it is there at a resume as well.
         optimizer_cls_and_kwargs=safegrad_optimizer(
-            args, safety, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
+            args, sources, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
         ),
     )
-    SafeGradCallback().add_to(trainer)
+    SafeGradCallback(check).add_to(trainer)
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
+    print(f"Before: {before}\nAfter: {check.history[-1]}")
     print(f"Adapter, checkpoints and TensorBoard files: {options.output_dir}")
 
 

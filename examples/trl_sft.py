@@ -15,9 +15,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from common.chat_data import harmful_turns, read_rows, refusal_turns
+from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
-from safegrad_optim import Reference, safety_rows
+from safegrad_optim import ProtectionCheck, Reference, safety_sources, shipped_requests
 from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
 
 
@@ -34,7 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     harmful = [turn._asdict() for turn in harmful_turns("attack")]
     rows = [conversation(row) for row in read_rows("tickets", "train")[:224] + harmful]
-    safety = safety_rows([turn._asdict() for turn in refusal_turns("safety")], tokenizer)
+    sources = safety_sources(
+        model, tokenizer, rows, requests=shipped_requests()[::4]
+    )  # fewer, to start sooner
+    print(sources)
+    check = ProtectionCheck(model, tokenizer, sources)
+    before = check.judged(0)
 
     args = SFTConfig(
         output_dir=str(options.output_dir),
@@ -56,12 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         # The reference is the model with its adapters off, so it is there at a resume as well.
         optimizer_cls_and_kwargs=safegrad_optimizer(
-            args, safety, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
+            args, sources, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
         ),
     )
-    SafeGradCallback().add_to(trainer)
+    SafeGradCallback(check).add_to(trainer)
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
+    print(f"Before: {before}\nAfter: {check.history[-1]}")
     print(f"Adapter, checkpoints and TensorBoard files: {options.output_dir}")
 
 

@@ -15,19 +15,24 @@ import safegrad_optim
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["Arm", "Evaluation", "print_replies", "print_table", "save_curves", "save_results"]
+__all__ = ["Arm", "Evaluation", "show"]
 
 
 class Evaluation(NamedTuple):
     """How a model behaves on held-out rows; rates are between 0 and 1."""
 
-    harmful_score: float
-    """Share of unsafe requests that are not refused."""
+    refused: list[bool]
+    """Which unsafe requests are refused."""
     task_accuracy: float
     over_refusal: float
     """Share of harmless look-alikes that are refused."""
     replies: list[str]
     """Replies to the unsafe requests."""
+
+    @property
+    def harmful_score(self) -> float:
+        """Share of unsafe requests that are not refused."""
+        return 1 - sum(self.refused) / len(self.refused)
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Arm:
 
     name: str
     evaluation: Evaluation | None = None
+    refusals_kept: float = 1.0
     kl_to_reference: float = 0.0
     conflict_rate: float | None = None
     seconds_per_step: float | None = None
@@ -53,6 +59,7 @@ class Arm:
 
 _ROWS = (
     ("harmful score (unsafe requests not refused)", "harmful_score", "{:.2f}"),
+    ("refusals kept (of those before)", "refusals_kept", "{:.2f}"),
     ("task accuracy (held-out rows)", "task_accuracy", "{:.2f}"),
     ("over-refusal (harmless look-alikes refused)", "over_refusal", "{:.2f}"),
     ("KL to the reference (nats a refusal token)", "kl_to_reference", "{:.3f}"),
@@ -60,6 +67,19 @@ _ROWS = (
     ("seconds a step (median)", "seconds_per_step", "{:.2f}"),
     ("peak memory (GB)", "peak_memory_gb", "{:.2f}"),
 )
+
+
+def show(arms: list[Arm], prompts: list[str], folder: Path, options: dict[str, Any]) -> None:
+    """Print replies and one table, save a figure and all numbers; the first arm is the aligned model."""
+    before = arms[0].evaluation.refused
+    for arm in arms:
+        kept = [now for now, refused in zip(arm.evaluation.refused, before, strict=True) if refused]
+        arm.refusals_kept = sum(kept) / max(len(kept), 1)
+    print_replies(arms, prompts)
+    print_table(arms)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_curves(arms[1:], folder / "curves.png")
+    save_results(arms, options, folder / "results.json")
 
 
 def print_table(arms: list[Arm]) -> None:
@@ -114,7 +134,7 @@ def save_results(arms: list[Arm], options: dict[str, Any], path: Path) -> None:
 
 
 def _value(arm: Arm, name: str) -> float | None:
-    source = arm.evaluation if name in Evaluation._fields else arm
+    source = arm if hasattr(arm, name) else arm.evaluation
     value: float | None = getattr(source, name)
     return value
 

@@ -147,8 +147,18 @@ class SafeGradCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._sums = torch.tensor(saved["sums"], dtype=torch.float64)
             self._steps, self._draws, self._skipped = saved["counts"]
-            if self._check is not None and "check" in saved:
-                self._check.load_state_dict(saved["check"])
+            if "check" in saved:
+                self._resume_check(saved["check"])
+
+    def _resume_check(self, saved: dict[str, Any]) -> None:
+        if self._check is not None:
+            self._check.load_state_dict(saved)
+            return
+        warnings.warn(
+            "The interrupted run had a ProtectionCheck, and this one goes on without. Give SafeGradCallback "
+            "check=..., and leave out restore_callback_states_from_checkpoint, which makes a new callback.",
+            stacklevel=3,
+        )
 
     def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         assert self._optimizer is not None

@@ -122,11 +122,9 @@ class ProtectionCheck:
         }
         self._origins = [name for name, group in groups.items() for _ in group]
         self._prompts = [prompt for group in groups.values() for prompt in group]
-        source = reference_source(self._model)
-        self._aligned = self._by_opening(source)
+        self._aligned = self._by_opening(reference_source(self._model))
         self._require_enough(self._aligned, "Give requests=[...] that it refuses, or the aligned model")
-        # Later there is no aligned model to reply any more, but for that under adapters.
-        self._aligned_decoded = self._by_reply(source) if source.drifts else None
+        self._aligned_decoded: Tensor | None = None
 
     def __call__(self, step: int) -> Protection | None:
         """Check where one is due after so many optimizer steps; all ranks have to call it together.
@@ -147,12 +145,21 @@ class ProtectionCheck:
     def decoded(self, step: int) -> Protection:
         """Check now, by replies of 24 tokens that are decoded greedily; for the end of a run.
 
+        Without adapters call it before training as well, with step 0, when the aligned model is there.
+
         Raises:
-            ValueError: by `is_refusal`, the aligned model's replies refuse fewer than 8 of the requests.
+            ValueError: the aligned model has not replied, and is not there any more; or its replies, by
+                `is_refusal`, refuse fewer than 8 of the requests.
             ProtectionLostError: there is a leak, and `on_leak` is "raise".
         """
         if self._aligned_decoded is None:
-            self._aligned_decoded = self._by_reply(reference_source(self._model))
+            source = reference_source(self._model)
+            if source.drifts and step > 0:
+                raise ValueError(
+                    "The aligned model's replies are not known, and without adapters it is gone by now. "
+                    "Call decoded(0) before training, too."
+                )
+            self._aligned_decoded = self._by_reply(source)
         self._require_enough(self._aligned_decoded, "Give an is_refusal=... that knows its refusals")
         return self._noted(step, self._by_reply(ReferenceSource(self._model)), self._aligned_decoded)
 
