@@ -247,6 +247,13 @@ def test_openings_of_replies_are_those_of_one_process(ranks, size, mode):
     assert ranks(size, runs.openings_of_replies, mode=mode) == [runs.openings_of_replies(None)] * size
 
 
+@pytest.mark.parametrize(("size", "mode"), [(2, "ddp"), (2, "fsdp"), (4, "fsdp"), (2, "tp")])
+def test_a_check_finds_what_it_does_in_one_process(ranks, size, mode):
+    expected = runs.checked(None)
+    assert len({str(found) for found in expected}) > 2
+    assert ranks(size, runs.checked, mode=mode) == [expected] * size
+
+
 @pytest.mark.parametrize("kind", ["full", "peft"])
 def test_fsdp_settings_are_as_they_were(ranks, kind):
     assert ranks(2, runs.settings_after_step, kind=kind) == [(True, False, False, False)] * 2

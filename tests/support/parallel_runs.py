@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -12,12 +13,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safegrad_optim import KLAlignment, LossAlignment, Reference, SafeGradOptimizer, SafetySource
+from safegrad_optim import (
+    KLAlignment,
+    LossAlignment,
+    ProtectionCheck,
+    Reference,
+    SafeGradOptimizer,
+    SafetySource,
+    SafetySources,
+)
 from safegrad_optim.alignment import _base as alignment
 from safegrad_optim.optimizer import _step as surgery_step
 from safegrad_optim.parallel import _fsdp
 from safegrad_optim.safety_data import refused_prompts
+from safegrad_optim.safety_data._openings import Opening
 from safegrad_optim.safety_data._rows import opening_rows
+from safegrad_optim.safety_data._training_prompts import TrainingPrompt
 from tests.support.chat import TOKENIZER
 from tests.support.models import perturb, safety_rows, tiny_model, tiny_peft, trainable
 from tests.support.parallel_models import full, parallel, shard, sum_gradients, tensor_parallel, unreduced
@@ -238,6 +249,23 @@ def openings_of_replies(mode):
     model = build(mode=mode)[0]
     prompts = [[5, 9, 12], [7, 30, 31, 32, 33], [40], [41, 42]]
     return opening_rows(model, TOKENIZER, prompts, tokens=2, batch_size=3)
+
+
+def checked(mode):
+    """What a check finds by an untrained model before and after its weights move, and by decoding."""
+    model = tiny_model(dtype=torch.float32, vocab_size=len(TOKENIZER), num_key_value_heads=2)
+    odds = torch.arange(len(TOKENIZER)) % 2 * 1.0
+    model, _, _ = parallel(model, mode, {})
+    kept_out = [TrainingPrompt(row, (5, 9, 12 + row)) for row in range(20)]
+    sources = SafetySources({}, "", None, kept_out, Opening([], odds, odds, odds))
+    refuses = {"is_refusal": lambda reply: sum(map(ord, reply)) % 2 == 0, "batch_size": 5}
+    check = ProtectionCheck(model, TOKENIZER, sources, count=10, on_leak="stop", **refuses)
+    found = [check.judged(0), check.decoded(0)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for parameter in model.parameters():
+            parameter.mul_(-0.5)
+        return [*found, check.judged(1), check.decoded(1)]
 
 
 def warm_up_from_zero_with_nothing_on_a_rank():
