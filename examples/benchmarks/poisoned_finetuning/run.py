@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from common.chat_data import Turn, collate, drawn, read_rows
 from common.public_data import Requests, load_requests, load_task
 from common.scoring import generate
 from common.smollm2 import load_aligned, load_model
+from safegrad_optim import ProtectionCheck
 
 LORA_MODULES = ["q_proj", "k_proj", "v_proj"]  # as in the paper
 
@@ -115,20 +115,24 @@ class Bench:
         known = {"safety": made.facts(attack), "prepared": time.perf_counter() - began}
         model: Any = peft.get_peft_model(self.model, lora())
         optimizer = optimizer_of(cell, model, made.sources)
+        protection = None if made.made is None else ProtectionCheck(model, self.tokenizer, made.made)
         state = State(self.args.results, cell, model, optimizer)
         taken = state.load()
         trained = self.trained(cell, model, optimizer, made, taken)
+        checked: list[dict[str, Any]] = []
         model.train()
-        for check in (step for step in checks(cell) if step > taken or not step):
+        for until in (step for step in checks(cell) if step > taken or not step):
             began = time.perf_counter()
-            for _ in tqdm(islice(trained, check - taken), total=check - taken, leave=False):
-                pass
+            for step in tqdm(range(taken, until), leave=False):
+                next(trained)
+                checked += checked_at(protection, step + 1)
             seconds = time.perf_counter() - began
             scores = judge(model, partial(adapters_off, model))
             model.train()
-            yield line_of(cell, check, scores, known | {"train": seconds}, self.args.device)
-            taken = check
-            if check < checks(cell)[-1]:
+            found = known | {"train": seconds, "checked": checked}
+            yield line_of(cell, until, scores, found, self.args.device)
+            taken, checked = until, []
+            if until < checks(cell)[-1]:
                 state.save(taken)
         state.remove()
         self.model = model.unload()
@@ -188,6 +192,14 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 def lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=8, lora_alpha=16, target_modules=LORA_MODULES, task_type="CAUSAL_LM")
+
+
+def checked_at(protection: ProtectionCheck | None, step: int) -> list[dict[str, Any]]:
+    """What the check of protection finds after a step where one is due; a leak is a result and no error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = None if protection is None else protection(step)
+    return [] if found is None else [{"step": step, "kept": found.kept, "leaks": found.leaks}]
 
 
 def line_of(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.poisoned_finetuning.cells import Cell
 from common.chat_data import Turn, drawn
 from common.public_data import Request
-from safegrad_optim import SafetySource, safety_rows, safety_sources, shipped_requests
+from safegrad_optim import SafetySource, SafetySources, safety_rows, safety_sources, shipped_requests
 from safegrad_optim.safety_data import RefusedPrompts
 
 __all__ = ["SafetyRows", "safety_rows_of"]
@@ -27,6 +27,9 @@ class SafetyRows:
     rows: list[Turn]
     sources: list[SafetySource] = field(default_factory=list)
     refused: RefusedPrompts | None = None
+    """What was flagged, where the arm reads the training data."""
+    made: SafetySources | None = None
+    """The recommended sources, whatever the arm: protection is checked by them."""
 
     def facts(self, attack: set[str]) -> dict[str, Any]:
         """Numbers of rows, and how many of the harmful and of the task's prompts were flagged."""
@@ -55,7 +58,7 @@ def safety_rows_of(
         rows: the training rows, poisoned.
         advbench: requests of AdvBench that neither attack nor judge, where safety rows are to be of them.
     """
-    if cell.arm in ("aligned", "plain"):
+    if cell.arm == "aligned":
         return SafetyRows(rows)
     requests = shipped_requests()[::STRIDE]
     if cell.safety == "advbench":
@@ -64,19 +67,22 @@ def safety_rows_of(
             {"request": unsafe.prompt, "lookalike": row["lookalike"]}
             for unsafe, row in zip(advbench, requests, strict=False)
         ]
+    made = safety_sources(model, tokenizer, [turn.prompt for turn in rows], requests=requests, seed=cell.seed)
+    if cell.arm == "plain":
+        return SafetyRows(rows, made=made)
     if cell.arm == "paper":
         texts = [row["request"] for row in requests]
         own = safety_rows(texts, tokenizer, model=model, max_new_tokens=PAPER_TOKENS, on_compliance="drop")
-        return SafetyRows(rows, [SafetySource(rows=own)])
-    training = None if cell.arm == "requests" else [turn.prompt for turn in rows]
-    made = safety_sources(model, tokenizer, training, requests=requests, seed=cell.seed)
+        return SafetyRows(rows, [SafetySource(rows=own)], made=made)
+    if cell.arm == "requests":
+        return SafetyRows(rows, [made.by_name[name] for name in ("requests", "lookalikes")], made=made)
+    assert made.refused_prompts is not None
     if cell.arm == "dropped":
-        assert made.refused_prompts is not None
         refused = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
         kept = [turn for turn in rows if turn.prompt not in refused]
-        return SafetyRows(drawn(kept, len(rows), random.Random(cell.seed)))
+        return SafetyRows(drawn(kept, len(rows), random.Random(cell.seed)), made=made)
     weights = {"training prompts": cell.training_weight, "prefixed requests": cell.prefix_weight}
     sources = [
         replace(source, weight=weights.get(name, source.weight)) for name, source in made.by_name.items()
     ]
-    return SafetyRows(rows, sources, made.refused_prompts)
+    return SafetyRows(rows, sources, made.refused_prompts, made)
