@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +146,13 @@ def test_intervals_are_wilsons():
         for bound in wilson_interval(count, of):
             inside = 1.959964**2 * bound * (1 - bound) / of
             assert (bound - count / of) ** 2 == pytest.approx(inside, abs=1e-7)
+
+
+def test_the_table_of_the_docs_is_that_of_the_function():
+    text = (Path(__file__).parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
+    asked, lost = (
+        [int(cell) for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith(("| refusals asked for", "| a leak from"))
+    )
+    assert [fewest_lost(count) for count in asked] == lost
