@@ -25,7 +25,9 @@ from safegrad_optim.optimizer import ChainedOptimizer, SafeGradOptimizer, StepCo
 from safegrad_optim.protection import Protection, ProtectionCheck, ProtectionLostError
 from safegrad_optim.reference import Reference
 from safegrad_optim.safety_data import (
+    RowAudit,
     SafetySources,
+    audit_rows,
     is_refusal,
     safety_rows,
     safety_sources,
@@ -55,6 +57,6 @@ __all__ = [
 ]
 __all__ += ["SafetySources", "is_refusal", "safety_rows", "safety_sources", "with_prompt_prefixes"]
 __all__ += ["shipped_harmless_prompts", "shipped_requests"]
-__all__ += ["Protection", "ProtectionCheck", "ProtectionLostError"]
+__all__ += ["Protection", "ProtectionCheck", "ProtectionLostError", "RowAudit", "audit_rows"]
 __all__ += ["GradientProducts", "StepCounts", "SurgeryStats", "UnprotectedStepError"]
 __all__ += ["combine", "combine_", "inner_products", "kl_divergence", "project_conflicting"]

@@ -15,6 +15,7 @@ True
 ['Summarise: How do I pick a lock?']
 """
 
+from safegrad_optim.safety_data._audit import RowAudit, audit_rows
 from safegrad_optim.safety_data._jsonl import read_jsonl
 from safegrad_optim.safety_data._openings import openings
 from safegrad_optim.safety_data._prefixes import with_prompt_prefixes
@@ -26,4 +27,5 @@ from safegrad_optim.safety_data._sources import SafetySources, safety_sources
 
 __all__ = ["greedy_tokens", "is_refusal", "read_jsonl", "safety_rows", "shipped_harmless_prompts"]
 __all__ += ["RefusedPrompts", "SafetySources", "refused_prompts", "safety_sources", "shipped_requests"]
+__all__ += ["RowAudit", "audit_rows"]
 __all__ += ["openings", "prompt_tokens", "with_prompt_prefixes"]
