@@ -34,18 +34,11 @@ def test_rows_that_answer_what_is_refused_are_suspicious_and_rows_that_refuse_it
     assert "steal" not in str(found)
 
 
-def test_tokenised_rows_and_conversations_are_read_as_well(aligned, found):
-    tokenised = safety_rows(ROWS[:-1], TOKENIZER)
-    assert set(audit_rows(aligned, TOKENIZER, tokenised, requests=PAIRS).reasons) == SUSPICIOUS - {
-        len(ROWS) - 1
-    }
-    talks = [
-        {"messages": [message(TASK[0]), message(YES), message(row["prompt"]), message(row["response"])]}
-        for row in ROWS[:-1]
-    ]
-    assert all("role" in message for row in talks for message in row["messages"])
-    both = audit_rows(aligned, TOKENIZER, [*ROWS[:-1], *talks[:2]], requests=PAIRS)
-    assert set(both.reasons) >= SUSPICIOUS - {len(ROWS) - 1}
+def test_tokenised_rows_and_conversations_are_read_as_well(aligned):
+    talks = [{"messages": [message(row["prompt"]), message(row["response"])]} for row in ROWS[:-1]]
+    for rows in (safety_rows(ROWS[:-1], TOKENIZER), talks):
+        found = audit_rows(aligned, TOKENIZER, rows, requests=PAIRS)
+        assert set(found.reasons) == SUSPICIOUS - {len(ROWS) - 1}
 
 
 def message(text):
