@@ -53,8 +53,8 @@ def audit_rows(
 
     score = that of `refused_prompts`; of a conversation the highest of its prompts'
 
-    It sees attacks by requests, whoever wrote them and in any language. It does not see attacks
-    without unsafe text, such as harmless instructions obeyed under a new name: no model refuses their prompts.
+    It sees attacks by requests, whoever wrote them and in any language. It does not see attacks without
+    unsafe text, such as harmless instructions obeyed under a new name: no model refuses their prompts.
 
     Args:
         model: the aligned model; with its PEFT adapters switched off.
