@@ -65,7 +65,7 @@ def test_what_is_run_as_oldest_are_the_lower_bounds():
 
 @pytest.mark.parametrize(
     "package",
-    ["alignment", "optimizer", "parallel", "reference", "safety_data", "surgery"],
+    ["alignment", "optimizer", "parallel", "protection", "reference", "safety_data", "surgery"],
 )
 def test_the_example_of_each_package_runs(package):
     found = doctest.testmod(importlib.import_module(f"safegrad_optim.{package}"))

@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,5 +114,7 @@ def _facts(args: argparse.Namespace) -> dict[str, Any]:
     """What a reader wants to know of the run."""
     options = {name: str(value) for name, value in vars(args).items() if name not in ("base", "tuned", "out")}
     versions = {"python": platform.python_version()}
-    versions |= {name: version(name) for name in ("safegrad_optim", "torch", "transformers")}
+    versions |= {name: version(name) for name in ("torch", "transformers")}
+    # A copy on the path has no metadata.
+    versions["safegrad_optim"] = import_module("safegrad_optim").__version__
     return {"seed": args.seed, "options": options, "versions": versions}
