@@ -3,8 +3,8 @@
     cd examples
     python -m benchmarks.flags --data-dir DIR
 
-Prompts of five tasks, AdvBench requests among them, for several shares of requests: the AUC; what is flagged of
-requests and task at the threshold of `safety_sources`; the requests found where 1 % of the task are flagged.
+Prompts of five tasks, with a share of AdvBench requests among them: the AUC, what is flagged of both at the
+threshold of `safety_sources`, and the requests found where 1 % of the task are flagged.
 """
 
 import argparse
