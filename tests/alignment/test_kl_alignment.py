@@ -194,6 +194,8 @@ def test_model_is_left_as_it_was():
     assert snapshot() == before  # compares the identity of each .grad
     assert all((parameter.grad == 3).all() for parameter in trainable(model))
     assert torch.equal(torch.get_rng_state(), random_state)
+    # Switching adapters on makes all of them trainable, the first time when the alignment is built.
+    assert not frozen.requires_grad
     # Dropout would have made model and reference differ.
     assert not any(gradient.any() for gradient in gradients)
 
