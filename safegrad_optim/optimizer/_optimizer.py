@@ -11,6 +11,7 @@ from safegrad_optim._torch_private import hook_registry, make_hook_registries
 from safegrad_optim.optimizer import _checks
 from safegrad_optim.optimizer._gradients import AlignmentCallable
 from safegrad_optim.optimizer._guard import StepGuard
+from safegrad_optim.optimizer._seen import SeenWeights
 from safegrad_optim.optimizer._state import Kept, OwnState, StepCounts, merged, split
 from safegrad_optim.optimizer._step import (
     is_state_probe,
@@ -74,6 +75,9 @@ class SafeGradOptimizer(Optimizer):
         self._own = OwnState(ConstantRho(rho))
         self._guard = StepGuard()
         self._guard.install(base_optimizer)
+        self._seen = SeenWeights()
+        every = [parameter for group in base_optimizer.param_groups for parameter in group["params"]]
+        self._seen.watch([parameter for parameter in every if parameter.requires_grad])
         self.alignment = alignment
         self.max_grad_norm = max_grad_norm
         self.refresh_every = refresh_every
@@ -122,7 +126,8 @@ class SafeGradOptimizer(Optimizer):
 
         Raises:
             UnprotectedStepError: there is no user or no alignment gradient, computing it changed a `.grad`,
-                or a gradient is not finite. Nothing has changed then, and training can go on.
+                a gradient is not finite, or parameters were written to since the backward pass. Nothing has
+                changed then, and training can go on.
             ValueError: the alignment gradients do not fit the parameters; or, at the first step, ranks
                 have different options or gradients. Likewise nothing changed.
         """
@@ -142,10 +147,12 @@ class SafeGradOptimizer(Optimizer):
         is_noop = all(grad is None for grad in user_grads) or is_state_probe(self.base_optimizer, user_grads)
         # The base may have failed, out of memory for example, and be stepped again.
         if not is_noop and not own.is_final(user_grads):
+            self._seen.check()
             self._protect(parameters)
         with self._guard.open():
             self.base_optimizer.step()
         own.final = []
+        self._seen.watch(parameters)
         return loss
 
     def _protect(self, parameters: list[Tensor]) -> None:
@@ -167,6 +174,7 @@ class SafeGradOptimizer(Optimizer):
     def unwrap(self) -> Optimizer:
         """Return the base optimizer, which from now on steps by itself, unprotected."""
         self._guard.remove(self.base_optimizer)
+        self._seen.stop()
         return self.base_optimizer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -234,6 +242,7 @@ class SafeGradOptimizer(Optimizer):
         super().__setstate__(state)
         # The base was copied or loaded without its hooks.
         self._guard.install(self.base_optimizer)
+        self._seen = SeenWeights()
 
     def __repr__(self) -> str:
         base = repr(self.base_optimizer).replace("\n", "\n  ")
