@@ -13,6 +13,9 @@ _REFUSED_OPTIONS = {
 }
 
 
+_NEEDED = ("param_groups", "state", "step", "zero_grad", "add_param_group", "state_dict", "load_state_dict")
+
+
 class UnprotectedStepError(RuntimeError):
     """A step was refused, with nothing changed, because it would have gone unprotected."""
 
@@ -22,14 +25,14 @@ def check_base(base: Optimizer) -> None:
     name = type(base).__name__
     if hasattr(base, "set_alignment_grad"):
         raise TypeError("base_optimizer is a SafeGradOptimizer already; wrap the bare optimizer.")
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base_optimizer is a {name}, expected a torch.optim.Optimizer instance.")
-    lacking = [
-        attribute
-        for attribute in ("param_groups", "state", "defaults", "_optimizer_step_pre_hooks")
-        if not hasattr(base, attribute)
-    ]
-    if lacking:
+    lacking = [attribute for attribute in _NEEDED if not hasattr(base, attribute)]
+    if lacking and not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base_optimizer is a {name}, expected a torch.optim.Optimizer instance, or what has all that is "
+            f"used of one; it lacks {', '.join(lacking)}."
+        )
+    lacking += [a for a in ("defaults", "_optimizer_step_pre_hooks") if not hasattr(base, a)]
+    if lacking and isinstance(base, Optimizer):
         raise TypeError(
             f"{name} lacks {', '.join(lacking)}: it has not run Optimizer.__init__, so its steps cannot be "
             "told from those past the surgery. If it stands in for another optimizer (accelerator.prepare), "

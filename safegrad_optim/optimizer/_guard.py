@@ -13,6 +13,18 @@ from safegrad_optim.optimizer._step import is_state_probe
 
 
 @dataclass
+class _GuardedStep:
+    """The step of an optimizer without hooks."""
+
+    guard: "StepGuard"
+    base: Any
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.guard(self.base)
+        return type(self.base).step(self.base, *args, **options)
+
+
+@dataclass
 class StepGuard:
     """A hook of the base optimizer's step that refuses those which its wrapper does not take."""
 
@@ -41,11 +53,18 @@ class StepGuard:
     def install(self, base: Optimizer) -> None:
         """Guard an optimizer, in the place of a wrapper that it had before."""
         self.remove(base)
-        base.register_step_pre_hook(self)
+        if isinstance(base, Optimizer):
+            base.register_step_pre_hook(self)
+        else:
+            # schedulefree's wrapper, for example, has no hooks.
+            base.step = _GuardedStep(self, base)
 
     @staticmethod
     def remove(base: Optimizer) -> None:
         """Guard an optimizer no more."""
+        if not isinstance(base, Optimizer):
+            vars(base).pop("step", None)
+            return
         registry = hook_registry(base, "step_pre")
         for key in [key for key, hook in registry.items() if isinstance(hook, StepGuard)]:
             del registry[key]

@@ -44,7 +44,7 @@ class SafeGradOptimizer(Optimizer):
         allow_unprotected: take a plain step where no alignment gradient is given, instead of raising.
 
     Raises:
-        TypeError: `base_optimizer` is no optimizer, or one that calls a closure several times a step.
+        TypeError: `base_optimizer` has not what an optimizer has, or it calls a closure several times a step.
         ValueError: an option is out of range, or the base optimizer is differentiable or maximizes.
 
     Reference: Yi et al., *Gradient Surgery for Safe LLM Fine-Tuning*, arXiv 2508.07172, Algorithm 1.
@@ -58,7 +58,6 @@ class SafeGradOptimizer(Optimizer):
     # swaps the parameters inside param_groups.
     param_groups = Kept[list[dict[str, Any]]]("base_optimizer")
     state = Kept[Any]("base_optimizer")
-    defaults = Kept[dict[str, Any]]("base_optimizer")
 
     def __init__(
         self,
@@ -84,6 +83,15 @@ class SafeGradOptimizer(Optimizer):
         self.allow_unprotected = allow_unprotected
         # Makes the hook registries; Optimizer.__init__ would replace the base's groups and state.
         make_hook_registries(self)
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's, where it has any."""
+        return getattr(self.base_optimizer, "defaults", {})
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
 
     @property
     def rho(self) -> float:

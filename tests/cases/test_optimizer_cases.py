@@ -1,9 +1,11 @@
 """Situations around the optimizer's step, as they should go: who moves the parameters, and by what."""
 
+import copy
+
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer
+from safegrad_optim import KLAlignment, SafeGradOptimizer, UnprotectedStepError
 from tests.cases.support import (
     PART_I,
     PART_II,
@@ -242,13 +244,21 @@ def test_weights_that_are_written_to_between_backward_and_step_are_refused(writt
     take_steps(model, optimizer)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=TypeError)
-def test_a_base_that_is_no_subclass_of_optimizer():
-    """The order of schedule-free averaging that is right, inside, is taken."""
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_base_that_is_no_subclass_of_optimizer(copied):
+    """The order of schedule-free averaging that is right, inside, is taken, and the base guarded."""
     model = tiny_model()
     optimizer = protected(model, schedule_free_around(sgd(model)))
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
     optimizer.train()
     take_steps(model, optimizer)
+    assert optimizer.counts.steps == 3
+    user_backward(model)
+    with pytest.raises(UnprotectedStepError, match="ScheduleFreeWrapper was stepped by itself"):
+        optimizer.base_optimizer.step()
+    unwrapped = optimizer.unwrap()
+    unwrapped.step()
     assert optimizer.counts.steps == 3
 
 
