@@ -56,8 +56,9 @@ class StepGuard:
         if isinstance(base, Optimizer):
             base.register_step_pre_hook(self)
         else:
-            # schedulefree's wrapper, for example, has no hooks.
+            # schedulefree's wrapper, for example, has neither hooks nor what `Optimizer` itself reads.
             base.step = _GuardedStep(self, base)
+            vars(base).setdefault("defaults", {})
 
     @staticmethod
     def remove(base: Optimizer) -> None:

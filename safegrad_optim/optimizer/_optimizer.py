@@ -58,6 +58,7 @@ class SafeGradOptimizer(Optimizer):
     # swaps the parameters inside param_groups.
     param_groups = Kept[list[dict[str, Any]]]("base_optimizer")
     state = Kept[Any]("base_optimizer")
+    defaults = Kept[dict[str, Any]]("base_optimizer")
 
     def __init__(
         self,
@@ -83,15 +84,6 @@ class SafeGradOptimizer(Optimizer):
         self.allow_unprotected = allow_unprotected
         # Makes the hook registries; Optimizer.__init__ would replace the base's groups and state.
         make_hook_registries(self)
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's, where it has any."""
-        return getattr(self.base_optimizer, "defaults", {})
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
 
     @property
     def rho(self) -> float:
