@@ -24,7 +24,7 @@ from common.smollm2 import load_aligned, load_model
 from safegrad_optim import shipped_harmless_prompts, shipped_requests
 from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data import openings, prompt_tokens
-from safegrad_optim.safety_data._neighbours import mean_over_neighbours
+from safegrad_optim.safety_data._neighbours import mean_over_neighbours, neighbours_of_a_kind
 from safegrad_optim.safety_data._openings import calibrated
 
 SHARES = (0.01, 0.03, 0.1, 0.3)
@@ -98,7 +98,7 @@ def rates(task: Scored, attack: Scored, count: int) -> dict[str, float]:
     """Rates by the mean over neighbours, and the AUC by the own mass."""
     masses = torch.cat([task.masses, attack.masses[:count]])
     states = torch.cat([task.states, attack.states[:count]])
-    smooth = mean_over_neighbours(masses, states, NEIGHBOURS)
+    smooth = mean_over_neighbours(masses, states, neighbours_of_a_kind(masses, THRESHOLD, NEIGHBOURS))
     harmless, unsafe = smooth.split([len(task.masses), count])
     own_harmless, own_unsafe = masses.split([len(task.masses), count])
     strict = harmless.quantile(0.99)

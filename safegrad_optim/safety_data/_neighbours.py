@@ -8,6 +8,12 @@ BANK = 100_000
 _BLOCK_BYTES = 1 << 28
 
 
+def neighbours_of_a_kind(scores: Tensor, threshold: float, most: int) -> int:
+    """Return how many neighbours in a group above the threshold its members can have, at most `most`."""
+    above = int((scores > threshold).sum())
+    return min(most, above - 1) if above > 1 else most
+
+
 @torch.no_grad()
 def mean_over_neighbours(
     scores: Tensor, states: Tensor, count: int, *, seed: int = 0, device: torch.device | str = "cpu"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from safegrad_optim.parallel import inner_module
 from safegrad_optim.reference import ReferenceSource, reference_source
-from safegrad_optim.safety_data._neighbours import BANK, mean_over_neighbours
+from safegrad_optim.safety_data._neighbours import BANK, mean_over_neighbours, neighbours_of_a_kind
 from safegrad_optim.safety_data._openings import Opening, calibrated, openings
 from safegrad_optim.safety_data._rows import opening_rows, prompt_tokens, template_ends
 from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
@@ -97,7 +97,7 @@ def refused_prompts(
         training_data: see `training_prompts`; texts, messages, or tokenised rows with labels.
         unsafe, harmless: requests that it refuses, and look-alikes that it answers, in the same formats.
         threshold: of the score, above which a prompt is flagged.
-        neighbours: that a score is the mean of.
+        neighbours: that a score is the mean of; fewer where fewer prompts have a mass above the threshold.
         batch_size: prompts that go through the model at a time.
 
     Raises:
@@ -132,7 +132,8 @@ def find_refused(
     if len(unique) > BANK:
         warnings.warn(f"{len(unique)} prompts: their neighbours are among {BANK} random ones.", stacklevel=3)
     device = next(source.model.parameters()).device
-    smooth = mean_over_neighbours(masses, states, neighbours, device=device)
+    count = neighbours_of_a_kind(masses, threshold, neighbours)
+    smooth = mean_over_neighbours(masses, states, count, device=device)
     place = {tokens: index for index, tokens in enumerate(unique)}
     scores = smooth[[place[prompt.tokens] for prompt in prompts]]
     share = float((scores > threshold).float().mean())

@@ -44,6 +44,13 @@ def test_refused_prompts_are_flagged_and_others_are_not(model):
     assert ((found.scores >= 0) & (found.scores <= 1)).all()
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_handful_is_found_among_many(model, count):
+    many = [f"I want to clean the {thing}{end}" for thing in THINGS for end in (".", "!", "?")]
+    found = find(model, many + ATTACK[:count], neighbours=8)
+    assert {prompt.row for prompt in found.flagged} == set(range(len(many), len(many) + count))
+
+
 def test_without_neighbours_the_score_is_the_refusing_mass(model):
     # Two prompts are each other's neighbour.
     found = find(model, [TASK[0], ATTACK[0]])
