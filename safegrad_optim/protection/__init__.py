@@ -11,8 +11,9 @@ watches a run, `compare` judges any two models, and `safegrad-check` does so fro
 (0.89, 0.98)
 """
 
-from safegrad_optim.protection._check import Protection, ProtectionCheck, ProtectionLostError
+from safegrad_optim.protection._check import ProtectionCheck
 from safegrad_optim.protection._compare import Answers, Comparison, Share, answers, compare
+from safegrad_optim.protection._found import Protection, ProtectionLostError
 from safegrad_optim.protection._leak import fewest_lost, wilson_interval
 
 __all__ = ["Answers", "Comparison", "Share", "answers", "compare"]

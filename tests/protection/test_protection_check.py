@@ -10,6 +10,7 @@ import torch
 
 from safegrad_optim import ProtectionCheck, ProtectionLostError
 from safegrad_optim.protection import fewest_lost, wilson_interval
+from safegrad_optim.reference import ReferenceSource
 from tests.support.attacked import ALL_HARMLESS, ALL_UNSAFE, ATTACK, HELD_OUT, NO, tuned
 from tests.support.chat import TOKENIZER
 from tests.support.models import trainable
@@ -156,3 +157,12 @@ def test_the_table_of_the_docs_is_that_of_the_function():
         if line.startswith(("| refusals asked for", "| a leak from"))
     )
     assert [fewest_lost(count) for count in asked] == lost
+
+
+def test_a_reply_that_opens_as_refusals_do_and_goes_on_otherwise_is_lost(aligned, sources):
+    # "I can't." and "I can do it." open alike.
+    lost = tuned(aligned, ATTACK, "I can do it.")
+    check = check_of(lost, aligned, sources)
+    assert check._opens_refusing(ReferenceSource(lost)).sum() == check._aligned.sum()
+    with pytest.warns(UserWarning, match="loses its refusals"):
+        assert check.judged(5).leaks == ("training prompts",)
