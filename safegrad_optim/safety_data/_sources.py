@@ -21,7 +21,7 @@ from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingP
 _REFUSING = 0.5
 _NEIGHBOURS = 8
 # Refused training prompts from which on some are kept to check by, and at most how many.
-_ENOUGH_TO_SPARE, _CHECKED = 16, 24
+_ENOUGH_TO_SPARE, _CHECKED = 16, 16
 # Of each source: rows a step, and compared tokens from the one that decides whether a reply refuses.
 _ROWS = {"requests": 2, "lookalikes": 2, "training prompts": 4, "prefixed requests": 2}
 _TOKENS = {"requests": 2, "lookalikes": 2, "training prompts": 1, "prefixed requests": 2}
