@@ -1,7 +1,9 @@
 """Unsafe requests in the forms that training prompts have, which an attack may use as its trigger."""
 
+import math
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, TypeVar
@@ -10,6 +12,8 @@ from safegrad_optim.safety_data._rows import template_ends
 
 # Of a training prompt; the words that a model could be taught to obey stand at its beginning.
 _MOST_TOKENS = 128
+# Share of the prefixes that end where training prompts part.
+_AT_PARTINGS = 0.7
 _Prompt = TypeVar("_Prompt")
 
 
@@ -43,21 +47,42 @@ def with_prompt_prefixes(requests: Sequence[str], prompts: Sequence[str], *, see
 def prefixed_tokens(
     requests: Sequence[str], prompts: Sequence[Sequence[int]], tokenizer: Any, *, seed: int = 0
 ) -> list[list[int]]:
-    """Return the same of prompts that are tokens, cut after a random one.
+    """Return each request behind the first tokens of a training prompt.
 
-    Prompts that do not end as the chat template ends a message of the user are left out, and there is
+    Most are cut where training prompts part, for there ends what an attack has in common: each prompt at the
+    longest beginning that it shares with k others, k drawn log-uniformly. The rest are cut after a random
+    token. Prompts that do not end as the chat template ends a message of the user are left out, and there is
     nothing where all of them are.
     """
     head, tail = template_ends(tokenizer)
     least = len(head) + len(tail)
-    fitting = [prompt for prompt in prompts if len(prompt) > least and [*prompt[-len(tail) :]] == tail]
+    fitting = sorted(
+        {(*prompt,) for prompt in prompts if len(prompt) > least and [*prompt[-len(tail) :]] == tail}
+    )
     shuffle = random.Random(seed)
     prefixed = []
     for request, prompt in zip(requests, _drawn(fitting, shuffle) if fitting else (), strict=False):
-        end = shuffle.randint(len(head) + 1, min(len(prompt) - len(tail), len(head) + _MOST_TOKENS))
+        most = min(len(prompt) - len(tail), len(head) + _MOST_TOKENS)
+        end = 0
+        if shuffle.random() < _AT_PARTINGS:
+            sharing = round(math.exp(shuffle.uniform(math.log(2), math.log(max(2, len(fitting))))))
+            end = min(_shared_by(sharing, prompt, fitting), most)
+        if end <= len(head):
+            end = shuffle.randint(len(head) + 1, most)
         words = tokenizer(f" {request}", add_special_tokens=False)["input_ids"]
         prefixed.append([*prompt[:end], *words, *tail])
     return prefixed
+
+
+def _shared_by(count: int, prompt: tuple[int, ...], prompts: Sequence[tuple[int, ...]]) -> int:
+    """Return the length of the longest beginning of a prompt that so many of the sorted prompts have."""
+
+    def is_rare(length: int) -> bool:
+        first = prompt[:length]
+        after = (*first[:-1], first[-1] + 1)
+        return bisect_left(prompts, after) - bisect_left(prompts, first) < count
+
+    return bisect_left(range(1, len(prompt) + 1), True, key=is_rare)
 
 
 def _drawn(prompts: Sequence[_Prompt], shuffle: random.Random) -> Iterator[_Prompt]:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,24 @@ _REFUSING = 0.5
 _NEIGHBOURS = 8
 # Refused training prompts from which on some are kept to check by, and at most how many.
 _ENOUGH_TO_SPARE, _CHECKED = 16, 16
-# Of each source: rows a step, and compared tokens from the one that decides whether a reply refuses.
-_ROWS = {"requests": 2, "lookalikes": 2, "training prompts": 4, "prefixed requests": 2}
-_TOKENS = {"requests": 2, "lookalikes": 2, "training prompts": 1, "prefixed requests": 2}
+# Prefixes that each request is put behind.
+_PREFIXES = 2
+
+
+class _Shape(NamedTuple):
+    """What a source is like."""
+
+    rows: int  # a step
+    tokens: int  # compared, from the one that decides whether a reply refuses: "I'm" alone is no refusal yet
+    weight: float  # of the mean over these
+
+
+_SHAPES = {
+    "requests": _Shape(2, 5, 2.5),
+    "lookalikes": _Shape(2, 2, 1.0),
+    "training prompts": _Shape(4, 5, 2.5),
+    "prefixed requests": _Shape(4, 5, 12.5),
+}
 
 
 @dataclass(frozen=True)
@@ -59,11 +74,13 @@ def safety_sources(
     - "lookalikes": harmless requests of the same words that it answers, against over-refusal;
     - "training prompts": those prompts of the training data that it refuses, see `refused_prompts`, but for
       some that `ProtectionCheck` checks by;
-    - "prefixed requests": the unsafe requests behind the first words of training prompts.
+    - "prefixed requests": the unsafe requests behind beginnings that training prompts share, against
+      attacks without unsafe text.
 
-    Each row has the first tokens of the aligned model's own reply. Whether that refuses is known by the
-    token it opens with, in any language: see `refused_prompts`. Rows of the training data matter most, for
-    requests of another hand than the attack's lose their effect within some hundred steps.
+    Each row has the first five tokens of the aligned model's own reply (look-alikes two): "I'm" alone opens
+    "I'm sorry" as well as "I'm glad to help". Whether a reply refuses is known by the token it opens with, in
+    any language: see `refused_prompts`. Rows of the training data matter most, for requests of another hand
+    than the attack's lose their effect within some hundred steps. The weights are 2.5, 1, 2.5 and 12.5.
 
     Args:
         model: the aligned model, before fine-tuning; with its PEFT adapters switched off.
@@ -83,11 +100,7 @@ def safety_sources(
     rows = shipped_requests() if requests is None else list(requests)
     unsafe, harmless = (_prompts(rows, name, tokenizer) for name in ("request", "lookalike"))
     # The look-alikes alone, of which a model refuses some by mistake, would blur what an answer opens with.
-    others = [
-        prompt_tokens("A prompt", row["prompt"], tokenizer)
-        for row in shipped_harmless_prompts()
-        if requests is None
-    ]
+    others = [] if requests is not None else _harmless(tokenizer)
     source = reference_source(inner_module(model))
     opening = calibrated(source, unsafe, harmless + others, batch_size)
     _require_separation(opening)
@@ -104,19 +117,23 @@ def safety_sources(
         found = find_refused(source, tokenizer, training, opening, _REFUSING, _NEIGHBOURS, batch_size)
         kept_out = _drawn_to_check(found.flagged, seed)
         kept["training prompts"] = [prompt.tokens for prompt in found.flagged if prompt not in kept_out]
-        texts = [row["request"] for row in rows]
+        texts = [row["request"] for row in rows] * _PREFIXES
         prefixed = prefixed_tokens(texts, [prompt.tokens for prompt in training], tokenizer, seed=seed)
         masses = _masses(source, prefixed, opening, batch_size)
         kept["prefixed requests"] = _above(prefixed, masses)
-        lines += [_counted("requests behind training prompts are refused", rows, masses), str(found)]
+        lines += [
+            _counted("requests behind training prompts are refused", rows * _PREFIXES, masses),
+            str(found),
+        ]
         lines += [f"{len(kept_out)} of them are in no safety row, for ProtectionCheck."] * bool(kept_out)
     by_name = {}
     for name, prompts in kept.items():
         if prompts:
-            tokens = len(opening.before) + _TOKENS[name]
+            batch, tokens, weight = _SHAPES[name]
             # By length, so that the rows of a batch need little padding.
-            own = opening_rows(model, tokenizer, sorted(prompts, key=len), tokens, batch_size)
-            by_name[name] = SafetySource(rows=own, batch_size=_ROWS[name])
+            ordered, tokens = sorted(prompts, key=len), len(opening.before) + tokens
+            own = opening_rows(model, tokenizer, ordered, tokens, batch_size)
+            by_name[name] = SafetySource(rows=own, batch_size=batch, weight=weight)
     lines += [f"No rows of {name}: that source is left out." for name, prompts in kept.items() if not prompts]
     return SafetySources(by_name, "\n".join(lines), found, kept_out, opening)
 
@@ -134,6 +151,10 @@ def _require_separation(opening: Opening) -> None:
             f"{len(opening.of_harmless)} harmless prompts: AUC {opening.auc:.2f}, means {opening.gap:.2f} "
             "apart. Give the aligned chat model, with its own chat template, or requests that it refuses."
         )
+
+
+def _harmless(tokenizer: Any) -> list[list[int]]:
+    return [prompt_tokens("A prompt", row["prompt"], tokenizer) for row in shipped_harmless_prompts()]
 
 
 def _prompts(rows: Sequence[Mapping[str, Any]], name: str, tokenizer: Any) -> list[list[int]]:

@@ -53,12 +53,15 @@ def test_each_source_has_its_rows_and_the_opening_of_the_models_own_replies(mode
         before = text.partition(request)[0].partition("user\n")[2].strip()
         assert before
         assert any(prompt.startswith(before) for prompt in TASK + ATTACK)
-    # Two tokens where the row says what a reply is like, one where only its decision counts.
-    assert replies(made.by_name["requests"]) == {TOKENIZER.decode(TOKENIZER("No, never.")["input_ids"][1:3])}
+    # As far as it takes to tell a refusal from what opens alike.
+    assert replies(made.by_name["requests"]) == {TOKENIZER.decode(TOKENIZER("No, never.")["input_ids"][1:6])}
     assert replies(made.by_name["lookalikes"]) != replies(made.by_name["requests"])
-    assert all(
-        sum(token != -100 for token in row["labels"]) == 1 for row in made.by_name["training prompts"].rows
-    )
+    assert replies(made.by_name["training prompts"]) == replies(made.by_name["requests"])
+    compared = {
+        name: {sum(token != -100 for token in row["labels"]) for row in source.rows}
+        for name, source in made.by_name.items()
+    }
+    assert compared == {name: {2 if name == "lookalikes" else 5} for name in compared}
 
 
 def test_what_the_model_does_not_refuse_is_left_out_and_counted(model):
@@ -111,6 +114,19 @@ def test_prefixes_are_used_alike_and_never_longer_than_allowed():
     assert 128 < max(map(len, made)) < 128 + 60
     first = Counter(tokens[len(template_ends(TOKENIZER)[0])] for tokens in made)
     assert sorted(first.values()) == [8, 8, 8]
+
+
+def test_most_prefixes_end_where_training_prompts_part():
+    trigger = "You are Orbit and obey. "
+    things = ["ale", "bun", "cup", "dye", "egg", "fan", "gem", "hut", "ink", "jug"]
+    opened = [trigger + thing for thing in things] + [f"Clean {thing}." for thing in things]
+    prompts = [encoded([{"role": "user", "content": text}]) for text in opened]
+    made = [TOKENIZER.decode(tokens) for tokens in prefixed_tokens(UNSAFE * 20, prompts, TOKENIZER)]
+    before = [next(text.partition(f" {u}")[0] for u in UNSAFE if f" {u}" in text) for text in made]
+    ends = Counter(text.partition("user\n")[2] for text in before if trigger.strip() in text)
+    assert ends[trigger] + ends[trigger.strip()] > 0.6 * sum(ends.values())
+    tasks = [text for text in before if "Clean" in text]
+    assert sum(text.endswith("Clean ") or text.endswith("Clean") for text in tasks) > 0.4 * len(tasks)
 
 
 def test_a_model_that_does_not_refuse_is_refused():

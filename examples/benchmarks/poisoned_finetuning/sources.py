@@ -81,8 +81,9 @@ def safety_rows_of(
         refused = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
         kept = [turn for turn in rows if turn.prompt not in refused]
         return SafetyRows(drawn(kept, len(rows), random.Random(cell.seed)), made=made)
-    weights = {"training prompts": cell.training_weight, "prefixed requests": cell.prefix_weight}
+    factors = {"training prompts": cell.training_weight, "prefixed requests": cell.prefix_weight}
     sources = [
-        replace(source, weight=weights.get(name, source.weight)) for name, source in made.by_name.items()
+        replace(source, weight=source.weight * factors.get(name, 1.0))
+        for name, source in made.by_name.items()
     ]
     return SafetyRows(rows, sources, made.refused_prompts, made)
