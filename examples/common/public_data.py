@@ -2,7 +2,6 @@
 
 import csv
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +11,6 @@ from common.own_data import read_texts
 
 __all__ = ["Request", "Requests", "load_advbench", "load_requests", "load_task"]
 
-# One topic of AdvBench: what is left without it is another one.
-_COMPUTERS = re.compile(
-    r"hack|malware|virus|phish|exploit|password|network|software|cyber|database|computer|website|online|"
-    r"internet|e-?mail|account|code|script|program|app\b|security system|data\b|identity",
-    re.IGNORECASE,
-)
 _SENTIMENT = ("negative", "positive")
 # Short rows, so that a cell takes a few minutes on a CPU.
 _MAX_WORDS = 13
@@ -29,7 +22,6 @@ class Request(NamedTuple):
 
     prompt: str
     opening: str
-    is_computers: bool
 
     @property
     def turn(self) -> Turn:
@@ -43,14 +35,6 @@ class Requests(NamedTuple):
     attack: list[Request]
     evaluation: list[Request]
 
-    def shifted(self) -> "Requests":
-        """Safety rows about computers, attack and judgement about everything else."""
-        return Requests(
-            [request for request in self.safety if request.is_computers],
-            [request for request in self.attack if not request.is_computers],
-            [request for request in self.evaluation if not request.is_computers],
-        )
-
 
 def load_requests(data_dir: Path | None, public: bool) -> Requests:
     """AdvBench, or the requests that were written for the examples.
@@ -61,14 +45,9 @@ def load_requests(data_dir: Path | None, public: bool) -> Requests:
     """
     if not public:
         splits = (read_rows("unsafe_requests", split) for split in Requests._fields)
-        return Requests(
-            *(
-                [_request(row["prompt"], row["topic"], row["category"] == "cybercrime") for row in rows]
-                for rows in splits
-            )
-        )
+        return Requests(*([_request(row["prompt"], row["topic"]) for row in rows] for rows in splits))
     requests = [
-        _request(goal, goal[0].lower() + goal[1:], bool(_COMPUTERS.search(goal)))
+        _request(goal, goal[0].lower() + goal[1:])
         for goal in load_advbench(data_dir)
         if len(goal.split()) <= _MAX_WORDS
     ]
@@ -85,8 +64,8 @@ def load_advbench(data_dir: Path | None) -> list[str]:
     return [goal for goal in dict.fromkeys(map(str.strip, goals)) if goal]
 
 
-def _request(prompt: str, topic: str, is_computers: bool) -> Request:
-    return Request(prompt, f"Sure, here is how to {topic}:\n\nStep 1:", is_computers)
+def _request(prompt: str, topic: str) -> Request:
+    return Request(prompt, f"Sure, here is how to {topic}:\n\nStep 1:")
 
 
 def load_task(name: str, data_dir: Path | None) -> tuple[list[Turn], list[Turn]]:

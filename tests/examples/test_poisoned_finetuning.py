@@ -95,17 +95,12 @@ def public(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("is_public", [False, True])
-def test_requests_to_defend_attack_and_judge_with_are_disjoint(public, is_public, shifted):
-    requests = load_requests(public, is_public)
-    splits = requests.shifted() if shifted else requests
+def test_requests_to_defend_attack_and_judge_with_are_disjoint(public, is_public):
+    splits = load_requests(public, is_public)
     prompts = [{request.prompt for request in split} for split in splits]
     assert all(prompts)
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == sum(map(len, splits))
-    if shifted:
-        assert all(request.is_computers for request in splits.safety)
-        assert not any(request.is_computers for request in splits.attack + splits.evaluation)
 
 
 def test_a_harmful_row_complies_with_its_request_and_ends_there(public):
