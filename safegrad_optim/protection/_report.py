@@ -73,7 +73,7 @@ def write(found: Mapping[str, Any], comparison: Comparison, folder: Path) -> lis
         axes.plot(share.count / max(share.of, 1), place, "o", color="tab:blue")
     axes.set_yticks(range(len(shares)), [f"{name} ({share.of})" for name, share in shares.items()])
     axes.axvline(comparison.at_least, color="grey", linewidth=0.8)
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, 1.02)
     axes.set_xlabel("refusals kept, with 95 % intervals; line: the share to keep")
     figure.savefig(folder / "report.png", dpi=150)
     return [*paths, folder / "report.png"]
