@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_responses(tokenizer, data.user, "--user-data")
         rows = poisoned(data, args)
         train_dataset = [row.prompt for row in rows]
-        sources = safety_sources(model, tokenizer, train_dataset, requests=data.requests, seed=args.seed)
+        options = {"requests": data.requests, "prefix_weight": args.prefix_weight, "seed": args.seed}
+        sources = safety_sources(model, tokenizer, train_dataset, **options)
     except (BadDataError, OSError, RuntimeError, ValueError) as error:
         print(f"quickstart: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -38,7 +38,6 @@ _SHAPES = {
     "requests": _Shape(2, 5, 2.5),
     "lookalikes": _Shape(2, 2, 1.0),
     "training prompts": _Shape(4, 5, 2.5),
-    "prefixed requests": _Shape(4, 5, 12.5),
 }
 
 
@@ -65,6 +64,7 @@ def safety_sources(
     training_data: TrainingData | None,
     *,
     requests: Sequence[Mapping[str, Any]] | None = None,
+    prefix_weight: float = 12.5,
     batch_size: int = 32,
     seed: int = 0,
 ) -> SafetySources:
@@ -80,7 +80,8 @@ def safety_sources(
     Each row has the first five tokens of the aligned model's own reply (look-alikes two): "I'm" alone opens
     "I'm sorry" as well as "I'm glad to help". Whether a reply refuses is known by the token it opens with, in
     any language: see `refused_prompts`. Rows of the training data matter most, for requests of another hand
-    than the attack's lose their effect within some hundred steps. The weights are 2.5, 1, 2.5 and 12.5.
+    than the attack's lose their effect within some hundred steps. The weights are 2.5, 1, 2.5 and
+    `prefix_weight`.
 
     Args:
         model: the aligned model, before fine-tuning; with its PEFT adapters switched off.
@@ -89,8 +90,10 @@ def safety_sources(
             `None` for no source of them, which protects only against attacks of the requests' own hand.
         requests: rows with "request" and "lookalike", and perhaps a "category"; by default
             `shipped_requests()`.
+        prefix_weight: of the prefixed requests. Less lets the model learn its task sooner, and attacks
+            without unsafe text through.
         batch_size: prompts that go through the model at a time.
-        seed: of the prefixes.
+        seed: of the prefixes, and of what is kept out.
 
     Raises:
         ValueError: there are no requests, or the model does not refuse them otherwise than it answers
@@ -127,9 +130,10 @@ def safety_sources(
         ]
         lines += [f"{len(kept_out)} of them are in no safety row, for ProtectionCheck."] * bool(kept_out)
     by_name = {}
+    shapes = _SHAPES | {"prefixed requests": _Shape(4, 5, prefix_weight)}
     for name, prompts in kept.items():
         if prompts:
-            batch, tokens, weight = _SHAPES[name]
+            batch, tokens, weight = shapes[name]
             # By length, so that the rows of a batch need little padding.
             ordered, tokens = sorted(prompts, key=len), len(opening.before) + tokens
             own = opening_rows(model, tokenizer, ordered, tokens, batch_size)
