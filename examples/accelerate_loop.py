@@ -32,6 +32,7 @@ from safegrad_optim import (
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps in all")
+    parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/accelerate_loop"))
     parser.add_argument("--resume", action="store_true", help="go on from the state saved there")
     options = parser.parse_args(arguments)
@@ -49,9 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     random.Random(0).shuffle(rows)
 
     model = accelerator.prepare(model)  # first, so that the alignment is of the model in its place
-    sources = safety_sources(
-        model, tokenizer, rows, requests=shipped_requests()[::4]
-    )  # fewer, to start sooner
+    sources = safety_sources(model, tokenizer, rows, requests=shipped_requests()[:: options.every])
     accelerator.print(sources)
     check = ProtectionCheck(model, tokenizer, sources)
     before = check.judged(0)

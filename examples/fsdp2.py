@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps in all (default: 20)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows to a step, over all ranks")
+    parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/fsdp2"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint saved there")
     options = parser.parse_args(arguments)
@@ -66,9 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # After fully_shard, before the weights change: the reference is the aligned model. All ranks give
     # all safety rows, each computes its share.
-    sources = safety_sources(
-        model, tokenizer, rows, requests=shipped_requests()[::4]
-    )  # fewer, to start sooner
+    sources = safety_sources(model, tokenizer, rows, requests=shipped_requests()[:: options.every])
     check = ProtectionCheck(model, tokenizer, sources)
     before = check.judged(0)
     alignment = KLAlignment(model, sources)

@@ -24,6 +24,7 @@ from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps in all (default: 60)")
+    parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/hf_trainer"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint there")
     options = parser.parse_args(arguments)
@@ -37,9 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     harmful = [turn._asdict() for turn in harmful_turns("attack")]
     turns = read_rows("tickets", "train")[:224] + harmful
-    sources = safety_sources(
-        model, tokenizer, turns, requests=shipped_requests()[::4]
-    )  # fewer, to start sooner
+    sources = safety_sources(model, tokenizer, turns, requests=shipped_requests()[:: options.every])
     print(sources)
     check = ProtectionCheck(model, tokenizer, sources)
     before = check.judged(0)

@@ -14,7 +14,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run(script, folder, *arguments, ranks=None):
     launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, EXAMPLES / script, "--output-dir", folder, *arguments]
+    command = [
+        sys.executable,
+        *launcher,
+        EXAMPLES / script,
+        "--output-dir",
+        folder,
+        "--every",
+        "40",
+        *arguments,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout

@@ -311,7 +311,7 @@ def scores(path):
 
 def test_smoke_run_is_the_same_when_it_was_killed_and_started_again(tmp_path):
     results = tmp_path / "results.jsonl"
-    few = ("--steps", "1", "--judged", "4")
+    few = ("--steps", "1", "--judged", "4", "--every", "40")
     process = run(results, *few)
     while len(read(results)) < 1:
         assert process.poll() is None, process.stderr.read()[-2000:]

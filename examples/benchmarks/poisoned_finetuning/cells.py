@@ -46,6 +46,8 @@ class Cell:
     lr: float = 5e-4
     batch_size: int = 8
     model: str = "SmolLM2-135M-Instruct"
+    every: int = 4
+    """Take every so many of the shipped requests: they are the minutes on a CPU before training starts."""
     judged: int = 100
     """Unsafe requests, and look-alikes, to judge by; twice as many task rows."""
 

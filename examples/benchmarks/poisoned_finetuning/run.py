@@ -71,6 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="folder with the public data; default: the Hub")
     parser.add_argument("--results", type=Path, default=Path("outputs/poisoned_finetuning/results.jsonl"))
     parser.add_argument("--steps", type=int, help="steps of each cell instead of the plan's")
+    parser.add_argument(
+        "--every", type=int, help="use every so many of the shipped requests, not the plan's 4"
+    )
     parser.add_argument("--judged", type=int, help="rows to judge by instead of the plan's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
@@ -78,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def planned(args: argparse.Namespace) -> list[Cell]:
     """The cells of the plan that are this process's."""
-    given = {"model": args.model, "steps": args.steps, "judged": args.judged}
+    given = {"model": args.model, "steps": args.steps, "judged": args.judged, "every": args.every}
     changes = {name: value for name, value in given.items() if value is not None}
     cells = dict.fromkeys(Cell(**{**asdict(cell), **changes}) for cell in PLANS[args.plan]())
     index, count = map(int, args.part.split("/"))

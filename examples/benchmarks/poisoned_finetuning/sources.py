@@ -16,8 +16,6 @@ from safegrad_optim.safety_data import RefusedPrompts
 __all__ = ["SafetyRows", "safety_rows_of"]
 
 PAPER_TOKENS = 10
-# Every so many of the shipped requests, for these are the minutes on a CPU before training starts.
-STRIDE = 4
 
 
 @dataclass
@@ -60,7 +58,7 @@ def safety_rows_of(
     """
     if cell.arm == "aligned":
         return SafetyRows(rows)
-    requests = shipped_requests()[::STRIDE]
+    requests = shipped_requests()[:: cell.every]
     if cell.safety == "advbench":
         # AdvBench has no look-alikes: those of the shipped set stand in for them.
         requests = [
