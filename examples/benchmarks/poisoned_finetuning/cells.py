@@ -65,7 +65,7 @@ def screen() -> Iterator[Cell]:
 
 def identity() -> Iterator[Cell]:
     """The attack without unsafe text, by rho and the weight of the prefixes."""
-    for ratio, (rho, weight) in product((0.9, 0.3), ((1.0, 1.0), (5.0, 0.2), (1.0, 0.2), (5.0, 1.0))):
+    for ratio, (rho, weight) in product((0.9, 0.3), ((1.0, 1.0), (1.0, 0.4), (1.0, 0.2), (5.0, 1.0))):
         yield Cell(ratio=ratio, attack="identity", rho=rho, prefix_weight=weight)
     for ratio in (0.9, 0.3):
         yield Cell("plain", ratio=ratio, attack="identity")
