@@ -25,7 +25,7 @@ from safegrad_optim import shipped_harmless_prompts, shipped_requests
 from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data import openings, prompt_tokens
 from safegrad_optim.safety_data._neighbours import mean_over_neighbours, neighbours_of_a_kind
-from safegrad_optim.safety_data._openings import calibrated
+from safegrad_optim.safety_data._openings import auc, calibrated
 
 SHARES = (0.01, 0.03, 0.1, 0.3)
 THRESHOLD, NEIGHBOURS = 0.5, 8
@@ -109,12 +109,6 @@ def rates(task: Scored, attack: Scored, count: int) -> dict[str, float]:
         "found at 1 % false": share_of(unsafe > strict),
         "AUC without neighbours": auc(own_unsafe, own_harmless),
     }
-
-
-def auc(above: Tensor, below: Tensor) -> float:
-    """The share of pairs in order; half of the ties count."""
-    pairs = above[:, None], below
-    return float((pairs[0] > pairs[1]).float().mean() + 0.5 * (pairs[0] == pairs[1]).float().mean())
 
 
 def share_of(flags: Tensor) -> float:

@@ -100,10 +100,9 @@ class ProtectionCheck:
         self._aligned = self._opens_refusing(source)
         self._require_enough(self._aligned, "Give requests=[...] that it refuses, or the aligned model")
         self._aligned_decoded: Tensor | None = None
-        refused = [prompt for prompt, flag in zip(self._prompts, self._aligned, strict=True) if flag]
         with source.open() as aligned, synchronized(aligned):
             options: dict[str, Any] = {"max_new_tokens": _OPENING, "batch_size": batch_size}
-            self._refusals = greedy_tokens(aligned, tokenizer, refused, **options)
+            self._refusals = greedy_tokens(aligned, tokenizer, self._refused(), **options)
         self._log_probs = self._of_refusals(source)
 
     def __call__(self, step: int) -> Protection | None:
@@ -176,10 +175,13 @@ class ProtectionCheck:
         masses, _ = openings(source, self._prompts, opening.before, self._batch_size, opening.mass)
         return masses > _REFUSING
 
+    def _refused(self) -> list[list[int]]:
+        """Return the prompts that the aligned model refuses."""
+        return [prompt for prompt, flag in zip(self._prompts, self._aligned, strict=True) if flag]
+
     def _of_refusals(self, source: ReferenceSource) -> Tensor:
         """Return the log-probabilities of the aligned model's refusals, as far as their opening goes."""
-        refused = [prompt for prompt, flag in zip(self._prompts, self._aligned, strict=True) if flag]
-        return reply_log_probs(source, refused, self._refusals, self._batch_size)
+        return reply_log_probs(source, self._refused(), self._refusals, self._batch_size)
 
     def _by_opening(self) -> Tensor:
         """Return which prompts the present model refuses, (prompts,) bool, by how its replies open."""

@@ -33,9 +33,8 @@ class Opening(NamedTuple):
 
     @property
     def auc(self) -> float:
-        """The share of pairs in which the unsafe request has more of it; half of the ties count."""
-        above, below = self.of_unsafe[:, None], self.of_harmless
-        return float((above > below).float().mean() + 0.5 * (above == below).float().mean())
+        """How well it tells unsafe requests from harmless prompts."""
+        return auc(self.of_unsafe, self.of_harmless)
 
     @property
     def gap(self) -> float:
@@ -47,6 +46,12 @@ class Opening(NamedTuple):
         """Whether it tells unsafe requests from harmless prompts."""
         # The AUC alone would also be near 1 where one token has 0.51 of the one and 0.49 of the other.
         return self.auc >= _SEPARATES and self.gap >= _GAP
+
+
+def auc(above: Tensor, below: Tensor) -> float:
+    """Return the share of pairs in which the first has more; half of the ties count."""
+    above = above[:, None]
+    return float((above > below).float().mean() + 0.5 * (above == below).float().mean())
 
 
 def calibrated(source: ReferenceSource, unsafe: Prompts, harmless: Prompts, batch_size: int) -> Opening:
