@@ -1,7 +1,7 @@
 """KLAlignment: the alignment gradient of the paper, with its reference computed once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -171,10 +171,16 @@ def _sources(
     given: SafetyBatches | Iterable[SafetySource], positions: Positions, batch_size: int
 ) -> Sequence[SafetySource]:
     """The sources as they were given, or one of plain safety batches."""
-    items: list[Any] = [given] if isinstance(given, (SafetySource, Mapping)) else list(given)
+    if isinstance(given, (SafetySource, Mapping)):
+        given = [given]  # type: ignore[assignment]
+    # Not read to its end here: a loader may write each batch over the one before.
+    reading = iter(given)
+    start: list[Any] = [*islice(reading, 1)]
+    if not any(isinstance(item, SafetySource) for item in start):
+        rows: Any = given if hasattr(given, "__getitem__") else chain(start, reading)
+        return [SafetySource(rows=rows, positions=positions, batch_size=batch_size)]
+    items = [*start, *reading]
     sources = [item for item in items if isinstance(item, SafetySource)]
-    if not sources:
-        return [SafetySource(rows=items, positions=positions, batch_size=batch_size)]
     others = [type(item).__name__ for item in items if not isinstance(item, SafetySource)]
     if others:
         raise TypeError(f"A {others[0]} stands among SafetySource. Give its rows a source too.")

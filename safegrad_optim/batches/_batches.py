@@ -2,17 +2,20 @@
 
 import ctypes
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import islice
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-Positions = Literal["response", "all"]
+from safegrad_optim.batches._checks import check_batch
+from safegrad_optim.batches._positions import IGNORE_INDEX, Batch, Positions, is_packed
 
-Batch = dict[str, Tensor]
 SafetyBatches = Iterable[Mapping[str, Any]] | Mapping[str, Any]
+
+# Items read of what does not say how many it has: far more than a safety set, far less than a memory.
+_MOST_READ = 100_000
 
 
 def as_batches(safety_batches: SafetyBatches, *, positions: Positions, batch_size: int) -> list[Batch]:
@@ -23,17 +26,18 @@ def as_batches(safety_batches: SafetyBatches, *, positions: Positions, batch_siz
     """
     if positions not in get_args(Positions):
         raise ValueError(f"positions is {positions!r}, expected 'response' or 'all'.")
-    items = [safety_batches] if isinstance(safety_batches, Mapping) else list(safety_batches)
-    if not items:
+    given = [safety_batches] if isinstance(safety_batches, Mapping) else safety_batches
+    # Copied one after another: a loader may write each batch over the one before.
+    batches = [_tensors(item, index) for index, item in enumerate(_with_an_end(given))]
+    if not batches:
         raise ValueError("The safety batches are empty. Give at least one batch with a response.")
-    batches = [_tensors(item, index) for index, item in enumerate(items)]
     if all(item["labels"].dim() == 1 for item in batches):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
         starts = range(0, len(batches), batch_size)
         batches = [_pad_together(batches[start : start + batch_size]) for start in starts]
     for index, batch in enumerate(batches):
-        _check(batch, index, positions)
+        check_batch(f"Safety batch {index}", batch, positions)
     return batches
 
 
@@ -46,16 +50,17 @@ def add_contents(digest: "hashlib._Hash", tensors: Mapping[str, Tensor]) -> None
         digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
-def position_mask(batch: Batch, positions: Positions) -> Tensor:
-    """Return the positions whose logits predict a compared token, (rows, length) bool.
-
-    Logits at position t predict token t + 1: "response" selects t where `labels[t + 1]` is not -100,
-    "all" where token t + 1 is not padding.
-    """
-    labels = batch["labels"]
-    everything = batch.get("attention_mask", torch.ones_like(labels)).bool()
-    compared = labels != IGNORE_INDEX if positions == "response" else everything
-    return torch.nn.functional.pad(compared[:, 1:], (0, 1))
+def _with_an_end(items: Iterable[Any]) -> Iterator[Any]:
+    if isinstance(items, Sized):
+        yield from items
+        return
+    reading = iter(items)
+    yield from islice(reading, _MOST_READ)
+    if next(reading, None) is not None:
+        raise ValueError(
+            f"The safety batches do not say how many they are, and {_MOST_READ:,} were read without an end. "
+            "Give a list or Dataset, for example list(islice(rows, 1000))."
+        )
 
 
 def _tensors(item: Any, index: int) -> Batch:
@@ -70,7 +75,7 @@ def _tensors(item: Any, index: int) -> Batch:
     batch = {}
     for name, value in item.items():
         try:
-            batch[name] = torch.as_tensor(value).detach().cpu()
+            batch[name] = torch.as_tensor(value).detach().to("cpu", copy=True)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"Safety batch {index}: '{name}' is a {type(value).__name__} that makes no tensor "
@@ -80,7 +85,16 @@ def _tensors(item: Any, index: int) -> Batch:
 
 
 def _pad_together(rows: list[Batch]) -> Batch:
-    rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
+    for row in rows:
+        for name in row.keys() - {"labels"}:
+            # What has more dimensions, as images have, is no column of tokens.
+            if row[name].dim() < 2 and row[name].shape != row["input_ids"].shape:
+                raise ValueError(
+                    f"'{name}' of a safety row has shape {tuple(row[name].shape)}, and its input_ids "
+                    f"{tuple(row['input_ids'].shape)}. Give an entry for each token, or remove the column."
+                )
+    if not any(map(is_packed, rows)):
+        rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"Safety rows have different fields: {[sorted(row) for row in rows]}.")
     batch = {}
@@ -88,15 +102,3 @@ def _pad_together(rows: list[Batch]) -> Batch:
         padding = IGNORE_INDEX if name == "labels" else 0
         batch[name] = torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, padding)
     return batch
-
-
-def _check(batch: Batch, index: int, positions: Positions) -> None:
-    input_ids, labels = batch["input_ids"], batch["labels"]
-    if input_ids.dim() != 2 or input_ids.shape != labels.shape:
-        raise ValueError(
-            f"Safety batch {index}: input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)} "
-            "have to be of one shape (rows, length)."
-        )
-    if not position_mask(batch, positions).any():
-        found = f"Safety batch {index} has no response token: all labels after the first are {IGNORE_INDEX}"
-        raise ValueError(f"{found}. Label the response with its ids; check that truncation has left some.")

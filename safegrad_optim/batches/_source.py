@@ -9,16 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from safegrad_optim.batches._batches import (
-    IGNORE_INDEX,
-    Batch,
-    Positions,
-    SafetyBatches,
-    add_contents,
-    as_batches,
-    position_mask,
-)
+from safegrad_optim.batches._batches import SafetyBatches, add_contents, as_batches
 from safegrad_optim.batches._parts import Part, Section
+from safegrad_optim.batches._positions import IGNORE_INDEX, Batch, Positions, position_mask
 from safegrad_optim.parallel import Share
 
 
@@ -102,12 +95,11 @@ class SourceBatches:
         """Yield a rank's share of a batch, `size` rows at a time, and as many parts on every rank."""
         batch = self.batches[index]
         mask = position_mask(batch, self.positions)
-        shares = [_row_groups(mask, Share(rank, share.size), size) for rank in range(share.size)]
-        own = shares[share.rank]
-        # Where others have more rows, some row once more, for nothing but the collectives in the passes.
-        spare = own[0] if own else mask.any(dim=1).nonzero()[:1, 0]
+        own, first = _row_groups(mask, share, size), _row_groups(mask, Share(0, share.size), size)
+        # Rank 0 has most rows; others run a row once more, for nothing but the collectives in the passes.
+        spare = own[0] if own else torch.tensor([0])
         done = 0
-        for number, rows in enumerate(own + [spare] * (max(map(len, shares)) - len(own))):
+        for number, rows in enumerate(own + [spare] * (len(first) - len(own))):
             counts = number < len(own)
             chosen = batch if len(rows) == len(mask) else _select(batch, rows)
             tensors = {name: value.to(device) for name, value in chosen.items()}
@@ -129,9 +121,9 @@ def _opening(batch: Batch, tokens: int) -> Batch:
 
 
 def _row_groups(mask: Tensor, share: Share, size: int | None) -> list[Tensor]:
-    """Rows of one share in groups of `size`, without groups that have nothing to compare."""
-    groups = torch.arange(len(mask))[share.rank :: share.size].split(size or len(mask))
-    return [group for group in groups if mask[group].any()]
+    """Rows of one share in groups of `size`."""
+    rows = torch.arange(len(mask))[share.rank :: share.size]
+    return list(rows.split(size or len(mask))) if len(rows) else []
 
 
 def _select(batch: Batch, rows: Tensor) -> Batch:

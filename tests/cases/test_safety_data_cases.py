@@ -181,7 +181,6 @@ def test_a_refusal_in_other_words_is_not_called_compliance(reply):
 # --- rows as KLAlignment takes them ---------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_rows_that_are_packed_stay_packed():
     """Texts that `position_ids` separate in one row have the gradient that they have in rows of their own."""
     rows = models.safety_rows(2)
@@ -200,7 +199,6 @@ def test_rows_that_are_packed_stay_packed():
         torch.testing.assert_close(gradient([packed]), expected)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=RuntimeError)
 @pytest.mark.parametrize("column", ["length", "label"])
 def test_one_more_numeric_column(column):
     """A column that is no model input is left out, or the error names it."""
@@ -209,7 +207,6 @@ def test_one_more_numeric_column(column):
         KLAlignment(tiny_model(), rows)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_rows_without_an_end():
     """A stream without an end is refused before it has filled the memory."""
     rows = models.safety_rows()
@@ -223,7 +220,6 @@ def test_rows_without_an_end():
         KLAlignment(tiny_model(), Endless())
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_rows_that_are_changed_afterwards():
     """What was given is what is compared, whatever becomes of the tensors."""
     batch = padded(models.safety_rows())
@@ -234,7 +230,6 @@ def test_rows_that_are_changed_afterwards():
     torch.testing.assert_close(alignment(trainable(model)), gradients)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_a_loader_that_reuses_its_tensors():
     """Batches are those that the loader has given, not the last one many times."""
     batches = [padded(models.safety_rows(2, seed)) for seed in range(3)]
@@ -266,7 +261,6 @@ def labels_that_are_shifted():
     return [row | {"labels": [*row["labels"][1:], -100]} for row in models.safety_rows()]
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 @pytest.mark.parametrize("make", [labels_on_padding, rows_without_a_response, labels_that_are_shifted])
 def test_labels_that_are_not_those_of_a_response(make):
     """Labels on padding, a row without any, and labels that are not the input ids are refused."""
