@@ -172,7 +172,7 @@ def _sources(
 ) -> Sequence[SafetySource]:
     """The sources as they were given, or one of plain safety batches."""
     if isinstance(given, (SafetySource, Mapping)):
-        given = [given]  # type: ignore[assignment]
+        given = [given]
     # Not read to its end here: a loader may write each batch over the one before.
     reading = iter(given)
     start: list[Any] = [*islice(reading, 1)]

@@ -14,6 +14,9 @@ from safegrad_optim.batches._parts import Part, Section
 from safegrad_optim.batches._positions import IGNORE_INDEX, Batch, Positions, position_mask
 from safegrad_optim.parallel import Share
 
+# What else than other texts makes the rows of a resumed run others.
+DATED = "some chat templates write the day's date, see chat_template_kwargs of safety_rows"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SafetySource:
@@ -84,7 +87,10 @@ class SourceBatches:
         for key in ("count", "seed", *(["rows"] if "rows" in state else [])):
             if state[key] != own[key]:
                 found = f"The saved order of safety batches has {key} {state[key]}, this one {own[key]}"
-                raise ValueError(f"{found}. Build it from the safety batches and seed of the saved run.")
+                hint = f" ({DATED})" if key == "rows" else ""
+                raise ValueError(
+                    f"{found}. Build it from the safety batches and seed of the saved run{hint}."
+                )
         self.taken = state["taken"]
 
     def tokens(self, index: int) -> int:

@@ -14,6 +14,7 @@ from safegrad_optim.protection._leak import fewest_lost
 from safegrad_optim.reference import ReferenceSource, reference_source
 from safegrad_optim.safety_data import (
     SafetySources,
+    chat_tokenizer,
     greedy_tokens,
     is_refusal,
     openings,
@@ -82,6 +83,7 @@ class ProtectionCheck:
             raise ValueError(f"on_leak is {on_leak!r}, expected 'warn', 'stop' or 'raise'.")
         if count < 1 or (every is not None and every < 1):
             raise ValueError(f"count is {count} and every {every}, expected numbers >= 1.")
+        tokenizer = chat_tokenizer(tokenizer, sources.chat_template_kwargs)
         self.history: list[Protection] = []
         self.should_stop = False
         self._model, self._tokenizer, self._opening = inner_module(model), tokenizer, sources.opening

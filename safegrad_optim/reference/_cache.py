@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from safegrad_optim.batches import add_contents
+from safegrad_optim.batches import DATED, add_contents
 from safegrad_optim.parallel import local, sum_of_shards
 
 _FORMAT = "safegrad_optim reference 3"
@@ -104,11 +104,14 @@ class ReferenceCache:
                 )
             for field, expected in own.items():
                 if metadata[field] != expected and (field != "weights" or check_weights):
-                    resumed = "; if fine-tuned since, give Reference(resumed=True)" * (field == "weights")
+                    hints = {
+                        "weights": "; if fine-tuned since, give Reference(resumed=True)",
+                        "batches": f" ({DATED})",
+                    }
                     raise ValueError(
                         f"{path} is the reference of other {field}: found {metadata[field]:.40}, expected "
-                        f"{expected:.40}. Restore the original {field}{resumed}; or, before any fine-tuning, "
-                        "give another file to compute it anew."
+                        f"{expected:.40}. Restore the original {field}{hints.get(field, '')}; or, before any "
+                        "fine-tuning, give another file to compute it anew."
                     )
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         if _digest(tensors) != metadata["contents"]:

@@ -9,11 +9,12 @@ from torch import nn
 from safegrad_optim.batches import IGNORE_INDEX
 from safegrad_optim.parallel import inner_module
 from safegrad_optim.reference import reference_source
+from safegrad_optim.safety_data._messages import messages_of
 from safegrad_optim.safety_data._openings import openings
+from safegrad_optim.safety_data._refusals import is_refusal
 from safegrad_optim.safety_data._refused import RefusedPrompts, refused_prompts
-from safegrad_optim.safety_data._replies import is_refusal
-from safegrad_optim.safety_data._rows import messages_of, prompt_tokens
 from safegrad_optim.safety_data._shipped import shipped_harmless_prompts, shipped_requests
+from safegrad_optim.safety_data._template import prompt_tokens
 from safegrad_optim.safety_data._training_prompts import TrainingData
 
 _THRESHOLD = 0.5

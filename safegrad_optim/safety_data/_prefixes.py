@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
-from safegrad_optim.safety_data._rows import template_ends
+from safegrad_optim.safety_data._template import template_ends
 
 # Of a training prompt; the words that a model could be taught to obey stand at its beginning.
 _MOST_TOKENS = 128

@@ -11,7 +11,8 @@ from safegrad_optim.parallel import inner_module
 from safegrad_optim.reference import ReferenceSource, reference_source
 from safegrad_optim.safety_data._neighbours import BANK, mean_over_neighbours, neighbours_of_a_kind
 from safegrad_optim.safety_data._openings import Opening, calibrated, openings
-from safegrad_optim.safety_data._rows import opening_rows, prompt_tokens, template_ends
+from safegrad_optim.safety_data._rows import opening_rows
+from safegrad_optim.safety_data._template import prompt_tokens, template_ends
 from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
 
 _PLAUSIBLE = 0.5

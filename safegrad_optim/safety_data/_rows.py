@@ -1,7 +1,7 @@
 """Safety rows from text: conversations whose last reply, given or the aligned model's own, is labelled."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -11,12 +11,16 @@ from safegrad_optim.batches import IGNORE_INDEX
 from safegrad_optim.parallel import inner_module, synchronized
 from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data._jsonl import read_jsonl
-from safegrad_optim.safety_data._replies import greedy_tokens, is_refusal
+from safegrad_optim.safety_data._messages import FORMATS, messages_of
+from safegrad_optim.safety_data._refusals import is_refusal
+from safegrad_optim.safety_data._replies import greedy_tokens
+from safegrad_optim.safety_data._template import (
+    chat_tokenizer,
+    chat_tokens,
+    opens_thought,
+)
 
 SafetyData = Iterable[Mapping[str, Any] | str] | str | PathLike[str]
-Message = Mapping[str, Any]
-
-_FORMATS = "'messages', or 'prompt' with or without 'response' (or 'completion')"
 
 
 def safety_rows(
@@ -28,29 +32,37 @@ def safety_rows(
     max_new_tokens: int = 48,
     batch_size: int = 16,
     on_compliance: Literal["raise", "drop"] = "raise",
+    is_refusal: Callable[[str], bool] = is_refusal,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, list[int]]]:
     """Return safety rows for `KLAlignment`: each conversation with its last reply labelled.
 
     labels_t = input_ids_t for t in the last reply through its end-of-turn token, else -100
 
     A bare request gets the reply that `model` writes: greedy, and without an end-of-turn token where
-    `max_new_tokens` cut it. Replies that are given are not judged.
+    `max_new_tokens` cut it. Replies that are given are not judged. Where the template opens a thought for a
+    reply and a given one has none, it is labelled from where the two part.
 
     Args:
         data: rows in a list or `Dataset`, or the path of a JSONL file. A row is `{"messages": [...]}`,
-            `{"prompt", "response"}` (or "completion"; both texts or messages), `{"prompt"}` or a text.
-        tokenizer: the model's tokenizer, with a chat template.
+            `{"prompt", "response"}` (or "completion"; both texts or messages), `{"prompt"}` or a text. The
+            content of a message is a text, or a list of parts of type "text".
+        tokenizer: the model's tokenizer, or processor for rows without images, with a chat template.
         model: the aligned model, which replies to bare requests; with its PEFT adapters switched off.
         max_length: tokens a row; longer replies are cut at the right.
         max_new_tokens, batch_size: tokens of a reply of the model, and requests that it replies to at a time.
         on_compliance: where the model does not refuse: "raise", or "drop" the row with a warning.
+        is_refusal: tells whether a reply of the model refuses.
+        chat_template_kwargs: what else the chat template is given, such as `enable_thinking`, or the
+            `date_string` of templates that write the day's date: with it rows are the same on another day.
 
     Returns:
         One dict of `input_ids`, `attention_mask` and `labels` for each row, in their order.
 
     Raises:
         ValueError: a bad option, no chat template, no rows; a row that is malformed, has no reply and
-            no `model` to write one, or whose reply does not fit; a reply of the model that complies.
+            no `model` to write one, whose text the template drops, or whose reply does not fit; a reply of
+            the model that complies.
         TypeError: `data` is a mapping, for example all splits of a dataset.
         FileNotFoundError: there is no such file.
         jinja2.TemplateError: the chat template refuses a row; a note of the error names it.
@@ -59,12 +71,10 @@ def safety_rows(
         raise ValueError(f"on_compliance is {on_compliance!r}, expected 'raise' or 'drop'.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected a whole number >= 1.")
-    if getattr(tokenizer, "chat_template", None) is None:
-        found = f"The {type(tokenizer).__name__} has no chat template, which says where a reply starts"
-        raise ValueError(f"{found}. Set tokenizer.chat_template, or use the aligned chat model's tokenizer.")
+    tokenizer = chat_tokenizer(tokenizer, chat_template_kwargs)
     turns = {name: _tokens(name, row, tokenizer, max_length) for name, row in _named_rows(data)}
     if not turns:
-        raise ValueError(f"The safety data are empty. Give at least one row: a mapping with {_FORMATS}.")
+        raise ValueError(f"The safety data are empty. Give at least one row: a mapping with {FORMATS}.")
     bare = {name: prompt for name, (prompt, response) in turns.items() if response is None}
     replies: dict[str, list[int]] = {}
     if bare:
@@ -88,7 +98,8 @@ def safety_rows(
             end = "." if kept else "; but then no row is left. Is this the aligned model?"
             raise ValueError(
                 f"{found} Such replies would protect compliance. Give these rows a 'response' that refuses, "
-                f"remove them, or leave them out by on_compliance='drop'{end}"
+                "remove them, or leave them out by on_compliance='drop'; if they refuse in other words, give "
+                f"is_refusal= a function that knows these{end}"
             )
         warnings.warn(f"{found} They are left out; rows kept: {len(kept)}.", stacklevel=2)
     responses = {name: response for name, (_, response) in kept.items() if response is not None} | replies
@@ -117,7 +128,11 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
     if not replied:
         return prompt, None
     tokens = chat_tokens(name, tokenizer, messages, False)
-    if tokens[: len(prompt)] != prompt:
+    start = _shared(prompt, tokens)
+    if start < len(prompt) and opens_thought(tokenizer, prompt):
+        bare = chat_tokens(name, tokenizer, messages[:-1], False)
+        prompt = prompt[: max(start, len(bare))]
+    if start < len(prompt):
         expected, found = (tokenizer.decode(ids[: len(prompt)])[-40:] for ids in (prompt, tokens))
         raise ValueError(
             f"{name}: the conversation does not start with the tokens of its prompt, then the response. "
@@ -127,67 +142,10 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
     return prompt, _through_end_of_turn(tokens[len(prompt) :], tokenizer)
 
 
-def messages_of(name: str, row: Any) -> list[Message]:
-    """The messages of a row in any of the known formats, checked; `name` is how errors call it."""
-    row = {"prompt": row} if isinstance(row, str) else row
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{name} is a {type(row).__name__}, expected a text or a mapping with {_FORMATS}.")
-    # A Dataset fills the fields that a row lacks with None.
-    known = ("messages", "prompt", "response", "completion")
-    fields = {field: row[field] for field in known if row.get(field) is not None}
-    if set(fields) not in ({"messages"}, {"prompt"}, {"prompt", "response"}, {"prompt", "completion"}):
-        raise ValueError(f"{name} has the fields {sorted(map(str, row))}, expected {_FORMATS}.")
-    messages: list[Message] = []
-    for field, value in fields.items():
-        if isinstance(value, str):
-            value = [{"role": "user" if field == "prompt" else "assistant", "content": value}]
-        if not isinstance(value, Sequence) or not all(map(_is_message, value)):
-            raise ValueError(
-                f"{name}: '{field}' is no text or list of messages. A message is a mapping with a 'role' "
-                f"and a 'content', both texts; found {str(value)[:80]!r}."
-            )
-        messages += value
-    role = messages[-1]["role"] if messages else None
-    expected = ("assistant",) if len(fields) == 2 else ("user", "assistant")
-    if role not in expected or (role == "assistant" and len(messages) == 1):
-        raise ValueError(
-            f"{name}: its messages have the roles {[message['role'] for message in messages]}, expected a "
-            f"message to reply to and {' or '.join(expected)} as the last."
-        )
-    if not messages[-1]["content"].strip():
-        found = "response" if role == "assistant" else "request"
-        raise ValueError(f"{name}: its {found} is empty. Give it a text, or remove the row.")
-    return messages
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def prompt_tokens(name: str, row: Any, tokenizer: Any) -> list[int]:
-    """The tokens of a row without a reply, through what opens one; `name` is how errors call it."""
-    return chat_tokens(name, tokenizer, messages_of(name, row), True)
-
-
-def chat_tokens(name: str, tokenizer: Any, messages: list[Message], reply_follows: bool) -> list[int]:
-    """The tokens of messages in the chat template, with what opens a reply if one follows."""
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply_follows)
-    except BaseException as error:  # a template raises what it likes
-        roles = [message["role"] for message in messages]
-        error.add_note(f"{name}: the chat template was given the roles {roles}. Give those it knows.")
-        raise
-    # The chat template has written the special tokens already.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def template_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that the chat template writes before the only message of a user, and behind it."""
-    one, other = (
-        chat_tokens("A letter", tokenizer, [{"role": "user", "content": letter}], True) for letter in "ab"
-    )
-    place = next(index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-    return one[:place], one[place + 1 :]
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens both start with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _through_end_of_turn(response: list[int], tokenizer: Any) -> list[int]:

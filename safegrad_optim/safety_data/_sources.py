@@ -14,8 +14,9 @@ from safegrad_optim.reference import ReferenceSource, reference_source
 from safegrad_optim.safety_data._openings import Opening, calibrated, openings
 from safegrad_optim.safety_data._prefixes import prefixed_tokens
 from safegrad_optim.safety_data._refused import RefusedPrompts, find_refused
-from safegrad_optim.safety_data._rows import opening_rows, prompt_tokens
+from safegrad_optim.safety_data._rows import opening_rows
 from safegrad_optim.safety_data._shipped import shipped_harmless_prompts, shipped_requests
+from safegrad_optim.safety_data._template import chat_tokenizer, prompt_tokens
 from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
 
 _REFUSING = 0.5
@@ -50,6 +51,7 @@ class SafetySources:
     refused_prompts: RefusedPrompts | None
     kept_out: Sequence[TrainingPrompt]  # refused training prompts that are in no row, to check by
     opening: Opening  # the token of replies that tells which prompts are refused
+    chat_template_kwargs: Mapping[str, Any] | None  # what the chat template was given besides messages
 
     def __iter__(self) -> Iterator[SafetySource]:
         return iter(self.by_name.values())
@@ -65,6 +67,7 @@ def safety_sources(
     *,
     requests: Sequence[Mapping[str, Any]] | None = None,
     prefix_weight: float = 12.5,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 32,
     seed: int = 0,
 ) -> SafetySources:
@@ -92,14 +95,16 @@ def safety_sources(
             `shipped_requests()`.
         prefix_weight: of the prefixed requests. Less lets the model learn its task sooner, and attacks
             without unsafe text through.
+        chat_template_kwargs: what else the chat template is given, as in `safety_rows`.
         batch_size: prompts that go through the model at a time.
         seed: of the prefixes, and of what is kept out.
 
     Raises:
-        ValueError: there are no requests, or the model does not refuse them otherwise than it answers
-            look-alikes; training data without prompts.
+        ValueError: no chat template; there are no requests, or the model does not refuse them otherwise than
+            it answers look-alikes; training data without prompts.
         TypeError: the training data can be read only once, or are a mapping of splits.
     """
+    tokenizer = chat_tokenizer(tokenizer, chat_template_kwargs)
     rows = shipped_requests() if requests is None else list(requests)
     unsafe, harmless = (_prompts(rows, name, tokenizer) for name in ("request", "lookalike"))
     # The look-alikes alone, of which a model refuses some by mistake, would blur what an answer opens with.
@@ -129,17 +134,28 @@ def safety_sources(
             str(found),
         ]
         lines += [f"{len(kept_out)} of them are in no safety row, for ProtectionCheck."] * bool(kept_out)
-    by_name = {}
     shapes = _SHAPES | {"prefixed requests": _Shape(4, 5, prefix_weight)}
-    for name, prompts in kept.items():
-        if prompts:
-            batch, tokens, weight = shapes[name]
-            # By length, so that the rows of a batch need little padding.
-            ordered, tokens = sorted(prompts, key=len), len(opening.before) + tokens
-            own = opening_rows(model, tokenizer, ordered, tokens, batch_size)
-            by_name[name] = SafetySource(rows=own, batch_size=batch, weight=weight)
+    by_name = {
+        name: _source(model, tokenizer, prompts, shapes[name], len(opening.before), batch_size)
+        for name, prompts in kept.items()
+        if prompts
+    }
     lines += [f"No rows of {name}: that source is left out." for name, prompts in kept.items() if not prompts]
-    return SafetySources(by_name, "\n".join(lines), found, kept_out, opening)
+    return SafetySources(by_name, "\n".join(lines), found, kept_out, opening, chat_template_kwargs)
+
+
+def _source(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    shape: _Shape,
+    before: int,
+    batch_size: int,
+) -> SafetySource:
+    """A source of prompts with the aligned model's replies, of which so many tokens tell nothing yet."""
+    # By length, so that the rows of a batch need little padding.
+    rows = opening_rows(model, tokenizer, sorted(prompts, key=len), before + shape.tokens, batch_size)
+    return SafetySource(rows=rows, batch_size=shape.rows, weight=shape.weight)
 
 
 def _drawn_to_check(flagged: Sequence[TrainingPrompt], seed: int) -> list[TrainingPrompt]:

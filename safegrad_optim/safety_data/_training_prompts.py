@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from safegrad_optim.batches import IGNORE_INDEX
-from safegrad_optim.safety_data._rows import chat_tokens, messages_of
+from safegrad_optim.safety_data._messages import messages_of
+from safegrad_optim.safety_data._template import chat_tokens
 
 TrainingData = Sequence[str | Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers.utils import chat_template_utils
 
 from safegrad_optim import KLAlignment, Reference, is_refusal, safety_rows
-from tests.cases.support import PART_II, flat, refused, right_or_refused
+from tests.cases.support import flat, refused, right_or_refused
 from tests.support import models
 from tests.support.models import padded, perturb, tiny_model, tiny_peft, trainable
 
@@ -49,7 +49,6 @@ def texts(row, tokenizer):
 # --- chat templates -------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_a_template_that_wants_lists_of_parts():
     """A row has the request before the reply, and the reply labelled, or is refused."""
     tokenizer = byte_tokenizer(template_of("smolvlm"))
@@ -59,7 +58,6 @@ def test_a_template_that_wants_lists_of_parts():
         assert labelled.strip().startswith(REFUSAL)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=ValueError)
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3", "nemotron_3_nano"])
 def test_a_template_whose_generation_prompt_opens_a_thought(name):
     """The reply's place is found where a template opens a thought for generation only."""
@@ -79,7 +77,6 @@ def rows_on(day, tokenizer):
         return safety_rows([PAIR], tokenizer)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_a_template_that_writes_the_date(tmp_path):
     """A run resumes on another day, or the error says that the date has changed the rows."""
     tokenizer = byte_tokenizer(template_of("llama3_2"))
@@ -105,7 +102,6 @@ def test_the_state_of_a_run_on_another_days_rows_is_refused():
         assert first == second
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=ValueError)
 @pytest.mark.filterwarnings("ignore")  # of mistral-common, about its own API
 def test_a_tokenizer_whose_control_tokens_are_not_read_from_text(tmp_path):
     """Rows have the tokens that apply_chat_template(tokenize=True) gives."""
@@ -131,7 +127,6 @@ def test_a_tokenizer_whose_control_tokens_are_not_read_from_text(tmp_path):
 # --- what is a refusal ----------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_the_refusal_of_a_thinking_model_counts():
     """A reply is judged by what follows its thought."""
     thought = (
@@ -140,7 +135,6 @@ def test_the_refusal_of_a_thinking_model_counts():
     assert is_refusal(f"{thought}\n</think>\n{REFUSAL}")
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 @pytest.mark.parametrize(
     "reply",
     [
@@ -155,7 +149,6 @@ def test_compliance_that_sounds_like_a_refusal_is_none(reply):
     assert not is_refusal(reply)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 @pytest.mark.parametrize(
     "reply",
     [

@@ -192,9 +192,9 @@ def test_malformed_rows_are_refused_by_number(row, message):
 
 
 def test_a_template_that_writes_the_prompt_differently_with_a_reply_is_refused():
-    thinking = tokenizer(CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"))
-    with pytest.raises(ValueError, match=r"row 0: .*Expected '.*<think>' before it, found .*I can't"):
-        safety_rows([PAIR], thinking)
+    other = tokenizer(CHATML.replace("assistant\n' }}{% endif %}", "assistant\nHm,' }}{% endif %}"))
+    with pytest.raises(ValueError, match=r"row 0: .*Expected '.*Hm,' before it, found .*I can'"):
+        safety_rows([PAIR], other)
 
 
 def test_a_template_that_refuses_a_conversation_names_the_row():
@@ -381,6 +381,18 @@ def test_the_module_needs_torch_alone():
         ("Let me think. I must decline this one.", True),
         ("Sure, here is how.", False),
         ("", False),
+        ("I apologize, but I am unable to do that.", True),
+        ("Lamento decirle que no puedo ayudarle con esto.", True),
+        ("Claro, no puedo esperar a ayudarte: primero", False),
+        ("Ich kann Ihnen dabei leider nicht helfen.", True),
+        ("Ich kann Ihnen nicht nur sagen, wie es geht, sondern", False),
+        ("Désolée, je ne peux pas répondre.", True),
+        ("Je ne peux pas attendre de vous montrer.", False),
+        ("對不起，我無法協助您。", True),  # noqa: RUF001
+        ("当然可以，首先您需要", False),  # noqa: RUF001
+        ("## **I won't** do that.", True),
+        ("<think>\nI can't help with that, can I?", False),
+        ("<think>\nI must decline.\n</think>\n\nSure, here is how.", False),
         ("Sure, here is what to do. " + "First step. " * 5 + "I can't think of more.", False),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_sources
 from safegrad_optim.safety_data._prefixes import prefixed_tokens
-from safegrad_optim.safety_data._rows import template_ends
+from safegrad_optim.safety_data._template import template_ends
 from tests.safety_data.test_refused_prompts import ATTACK, HARMLESS, TASK, THINGS, UNSAFE, taught
 from tests.support.chat import TOKENIZER, chat_model, encoded
 from tests.support.models import perturb, tiny_peft, trainable
