@@ -1,12 +1,13 @@
 """Names that torch does not document (FSDP2's: `parallel/_fsdp.py`); all seen in torch 2.8 and 2.13."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -69,11 +70,19 @@ def share_gradient_hooks(tensor: Tensor, other: Tensor) -> None:
         other._backward_hooks = tensor._backward_hooks
 
 
-@contextmanager
-def without_gradient_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+def without_global_step_hooks() -> AbstractContextManager[None]:
+    """Take away the hooks on the steps of all optimizers."""
+    return _emptied([_global_optimizer_pre_hooks, _global_optimizer_post_hooks])
+
+
+def without_gradient_hooks(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
     """Take away the hooks that are told when the gradient of a parameter has been accumulated."""
-    registries = [hooks for tensor in parameters if (hooks := tensor._post_accumulate_grad_hooks)]
-    # Emptied, because autograd keeps the registry itself.
+    return _emptied([hooks for tensor in parameters if (hooks := tensor._post_accumulate_grad_hooks)])
+
+
+@contextmanager
+def _emptied(registries: Sequence[dict[int, Any]]) -> Iterator[None]:
+    # Emptied, because torch keeps the registry itself.
     kept = [(hooks, dict(hooks)) for hooks in registries]
     try:
         for hooks in registries:

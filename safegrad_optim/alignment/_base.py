@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from safegrad_optim._torch_private import divide_all_, without_gradient_hooks
 from safegrad_optim.batches import Part, SourceBatches
-from safegrad_optim.forward import autocast, unchanged_evaluation
+from safegrad_optim.forward import autocast, unchanged_training
 from safegrad_optim.parallel import (
     inner_module,
     local,
@@ -73,7 +73,7 @@ class Alignment(ABC):
             own = [leaves.get(parameter, parameter) for parameter in parameters]
             stashed = {tensor: tensor.grad for tensor in (*self.model.parameters(), *own)}
             try:
-                with unchanged_evaluation(self.model), torch.enable_grad():
+                with torch.enable_grad(), unchanged_training(self.model):
                     self.last_loss, grads = self._scaled_backward(own, stashed)
             finally:
                 for tensor, grad in stashed.items():

@@ -19,6 +19,7 @@ from safegrad_optim.batches import (
     SourceBatches,
     joined,
 )
+from safegrad_optim.forward import require_inputs
 from safegrad_optim.parallel import inner_module, on_any_rank, require_same, world_size
 from safegrad_optim.reference import (
     Reference,
@@ -36,7 +37,8 @@ class KLAlignment(Alignment):
     L_align = (1 / T) sum_t KL(P_ref(. | x_<t) || P_model(. | x_<t))    (Eq. 6)
 
     over the T response tokens of one safety batch; each call takes the next batch of a seeded order.
-    Reference and model run in eval mode; with several ranks each keeps the reference of its own rows.
+    Reference and model run as in training, but with dropout and its kin off, also where the user's passes are
+    in eval mode; with several ranks each keeps the reference of its own rows.
 
     Args:
         model: the causal language model being fine-tuned, with PEFT adapters or without.
@@ -78,6 +80,8 @@ class KLAlignment(Alignment):
             [SourceBatches(source, seed + number) for number, source in enumerate(sources)],
             autocast_dtype,
         )
+        for source in self._sources:
+            require_inputs(self.model, source.batches[0])
         options = Reference() if reference is None else reference
         self.micro_batch_size = micro_batch_size
         if micro_batch_size is not None and micro_batch_size < 1:

@@ -18,8 +18,8 @@ class LossAlignment(Alignment):
     Args:
         model: the model being fine-tuned.
         safety_batches: as in `KLAlignment`; the labels are the refusals to keep.
-        loss_fn: called with the model (in eval mode) and a whole batch on its device, also with several
-            ranks; returns a 0-dim loss. By default the cross-entropy of the labels.
+        loss_fn: called with the model, its dropout and kin off, and a whole batch on its device, also with
+            several ranks; returns a 0-dim loss. By default the cross-entropy of the labels.
         batch_size, seed, autocast_dtype: as in `KLAlignment`.
 
     Raises:

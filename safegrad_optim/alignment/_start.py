@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from safegrad_optim.batches import Part
-from safegrad_optim.forward import unchanged_evaluation
+from safegrad_optim.forward import require_one_function, unchanged_training
 from safegrad_optim.parallel import on_any_rank, synchronized
 from safegrad_optim.reference import Reading
 
@@ -25,9 +25,12 @@ def check_start(
     Where the first part has no difference to the bit, as with fresh LoRA adapters, the others are not run.
     """
     total, count, largest = 0.0, 0, 0.0
-    with synchronized(model), unchanged_evaluation(model, autocast_dtype):
+    with synchronized(model):
         for number, part in enumerate(parts):
-            values = torch.stack(reading.divergences(model, part, of_each_token=True))
+            if number == 0:
+                require_one_function(model, part.inputs, part.mask, autocast_dtype)
+            with unchanged_training(model, autocast_dtype):
+                values = torch.stack(reading.divergences(model, part, of_each_token=True))
             if number == 0 and not on_any_rank((values != 0).any()):
                 return
             total, count = total + float(values.sum()), count + len(values)

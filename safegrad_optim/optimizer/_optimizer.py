@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safegrad_optim._torch_private import hook_registry, make_hook_registries
+from safegrad_optim._torch_private import hook_registry, make_hook_registries, without_global_step_hooks
 from safegrad_optim.optimizer import _checks
 from safegrad_optim.optimizer._gradients import AlignmentCallable
 from safegrad_optim.optimizer._guard import StepGuard
@@ -149,7 +149,8 @@ class SafeGradOptimizer(Optimizer):
         if not is_noop and not own.is_final(user_grads):
             self._seen.check()
             self._protect(parameters)
-        with self._guard.open():
+        # Hooks on all optimizers have seen this one's step.
+        with self._guard.open(), without_global_step_hooks():
             self.base_optimizer.step()
         own.final = []
         self._seen.watch(parameters)

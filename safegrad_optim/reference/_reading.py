@@ -42,8 +42,9 @@ class Reading(ABC):
             self.watch.check()
         if len(states) == 1 and not head_is_frozen(model):
             raise ValueError(
-                "The output head became trainable after its reference was cached as hidden states. Set "
-                "requires_grad before building KLAlignment, which then keeps the head or logits."
+                "The output head became trainable after its reference was cached as hidden states. If it is "
+                "thawed in the course of a run, give Reference(cache='logits'), which needs no frozen head; "
+                "else set requires_grad before building KLAlignment."
             )
         output = forward_at(model, part.inputs, part.mask, states)
         if precision != output.precision:

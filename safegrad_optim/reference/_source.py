@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from safegrad_optim._peft_private import adapter_parameters, inits_that_move_weights, is_merged
 from safegrad_optim.batches import Part
-from safegrad_optim.forward import Outputs, forward_at, unchanged_evaluation
+from safegrad_optim.forward import Outputs, forward_at, unchanged_training
 from safegrad_optim.parallel import synchronized
 
 Cache = Literal["exact", "hidden", "logits", "top_k"]
@@ -73,7 +73,7 @@ class ReferenceSource:
     @torch.no_grad()
     def outputs(self, part: Part, autocast_dtype: torch.dtype | None) -> Outputs:
         """Return what the reference gives at the compared positions of a part."""
-        with self.open() as model, synchronized(model), unchanged_evaluation(model, autocast_dtype):
+        with self.open() as model, synchronized(model), unchanged_training(model, autocast_dtype):
             device = next(model.parameters()).device
             inputs = {name: value.to(device) for name, value in part.inputs.items()}
             return forward_at(model, inputs, part.mask.to(device))

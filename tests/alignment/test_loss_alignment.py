@@ -20,12 +20,13 @@ def test_default_loss_is_the_cross_entropy_of_the_responses(make):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6 * scale)
 
 
-def test_own_loss_sees_the_model_in_eval_mode_and_each_batch():
+def test_own_loss_sees_the_model_without_dropout_and_each_batch():
     model, rows = tiny_peft(lora_dropout=0.5), safety_rows(4)
     seen = []
 
     def weight_decay(model, batch):
-        seen.append((model.training, batch["labels"].shape[0]))
+        first, second = (model(input_ids=batch["input_ids"]).logits for _ in range(2))
+        seen.append((torch.equal(first, second), batch["labels"].shape[0]))
         return sum(parameter.square().sum() for parameter in trainable(model))
 
     alignment = LossAlignment(model, rows, weight_decay, batch_size=2)
@@ -33,7 +34,7 @@ def test_own_loss_sees_the_model_in_eval_mode_and_each_batch():
     for _ in range(2):
         for gradient, parameter in zip(alignment(trainable(model)), trainable(model), strict=True):
             torch.testing.assert_close(gradient, 2 * parameter.detach())
-    assert seen == [(False, 2), (False, 2)]
+    assert seen == [(True, 2), (True, 2)]
     assert model.training
 
 

@@ -306,7 +306,6 @@ def test_weights_of_a_tensor_subclass():
     assert optimizer.counts.steps == 3
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
 def test_a_head_that_is_thawed_in_the_course_of_a_run():
     """A schedule that thaws the head works, or the error names the kind of cache that allows it."""
     model = tiny_model(tie_word_embeddings=False)

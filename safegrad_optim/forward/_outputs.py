@@ -1,19 +1,23 @@
-"""One forward pass on a safety batch that leaves no trace in the model.
+"""What a model gives at some positions of a batch, and nothing of the others.
 
 Only the compared positions go through the output head: a pre-hook on the head drops the others inside
 the model's own forward, for any architecture, so that (rows x length x vocabulary) is never made.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import inspect
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim._torch_private import buffers_of, is_compiled, version
+from safegrad_optim._torch_private import is_compiled
 from safegrad_optim.batches import Batch
-from safegrad_optim.parallel import device_type, whole
+from safegrad_optim.parallel import whole
+
+# Taken through **kwargs by models of transformers, and by no name in their signature.
+_THROUGH_KWARGS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 class Outputs(NamedTuple):
@@ -79,8 +83,13 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
         if is_compiled(model):
             # The hooks are new in each call, and would recompile it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        known, takes_more = _inputs_of(model)
         # Without a config the model is not of transformers and may know no cache.
-        options = {"use_cache": False} if hasattr(model, "config") else {}
+        without_cache = "use_cache" in known or (takes_more and hasattr(model, "config"))
+        options = {"use_cache": False} if without_cache else {}
+        if "attention_mask" not in known and not takes_more:
+            # Padding is on the right, where causal models do not look.
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         logits = whole(model(**inputs, **options).logits)
     rows = int(mask.sum()) * (2 if ref else 1)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
@@ -91,36 +100,30 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
     return Outputs(kept[0], logits.squeeze(0), precision[0])
 
 
-@contextmanager
-def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Run the model in eval mode and restore training flags, buffers and random state exactly.
-
-    Autocast inside is off or to `autocast_dtype`, wherever the optimizer's step is called.
-    """
-    training = {module: module.training for module in model.modules()}
-    buffers = [
-        (module, name, buffer, version(buffer), buffer.clone())
-        for module in model.modules()
-        for name, buffer in buffers_of(module).items()
-        if buffer is not None
-    ]
-    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    model.eval()
-    try:
-        with torch.random.fork_rng(cuda), autocast(model, autocast_dtype):
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        with torch.no_grad():
-            for module, name, buffer, before, value in buffers:
-                buffers_of(module)[name] = buffer
-                if version(buffer) != before:
-                    buffer.copy_(value)
+def require_inputs(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse fields of safety rows that the forward of a causal language model does not take."""
+    output_head(model)
+    known, takes_more = _inputs_of(model)
+    if takes_more and not (known and hasattr(model, "config")):
+        return
+    always = {"labels", "attention_mask"} | (_THROUGH_KWARGS if takes_more else set())
+    unknown = sorted({*names} - known - always)
+    if unknown:
+        raise ValueError(
+            f"The safety rows have {unknown}, which the forward of {type(_inner(model)).__name__} does not "
+            "take. Remove these columns."
+        )
 
 
-def autocast(model: nn.Module, dtype: torch.dtype | None) -> torch.autocast:
-    """Return autocast to `dtype` on the device the model is computed with, off where it is `None`."""
-    device = device_type(next(model.parameters()))
-    # Its cache would serve weights cast for the reference, without a graph, to model and training loop.
-    return torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False)
+def _inputs_of(model: nn.Module) -> tuple[set[str], bool]:
+    """Names that the forward of a model takes, and whether it takes others too."""
+    parameters = inspect.signature(_inner(model).forward).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {parameter.name for parameter in parameters if parameter.kind in named}
+    return known, any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model that PEFT hands everything on to."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return getattr(base, "_orig_mod", base)
