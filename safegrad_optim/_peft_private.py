@@ -1,13 +1,19 @@
 """What PEFT's layers say of themselves and its documentation does not; seen in peft 0.18 and 0.21."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
 def adapter_parameters(model: nn.Module) -> set[Tensor]:
-    """Return the parameters of all adapters: `BaseTunerLayer.adapter_layer_names` names what holds them."""
+    """Return the parameters of all adapters: `BaseTunerLayer.adapter_layer_names` names what holds them.
+
+    Virtual tokens are held by a `prompt_encoder`, adaption prompts by the attention that they are in.
+    """
     found: set[Tensor] = set()
     for module in model.modules():
-        for name in getattr(module, "adapter_layer_names", ()):
+        others = ("prompt_encoder", "adaption_prompt", "adaption_gate")
+        for name in (*getattr(module, "adapter_layer_names", ()), *others):
             part = getattr(module, name, None)
             if isinstance(part, nn.Module):
                 found.update(part.parameters())
@@ -28,3 +34,12 @@ def is_merged(module: nn.Module) -> bool:
     """Return whether a module is a layer whose weights have an adapter added to them."""
     # Other libraries' modules may have a `merged` too.
     return hasattr(module, "adapter_layer_names") and bool(getattr(module, "merged", False))
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Return how many positions a model puts before those of its inputs, as prompt tuning does."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False) or getattr(model, "_adapters_disabled", False):
+        return 0
+    # Those of prefix tuning are keys and values, and have no logits.
+    return 0 if str(config.peft_type).endswith("PREFIX_TUNING") else int(config.num_virtual_tokens)

@@ -17,6 +17,14 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a tensor subclass is made of; of a plain one, itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in parts_of(getattr(tensor, name))]
+
+
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a module's own parameters by name, to be replaced by tensors of any kind."""
     return module._parameters  # type: ignore[return-value]

@@ -17,10 +17,11 @@ FUNCTION_LINES = 50
 ARGUMENTS = 9
 
 # Each room and the rooms it may import, from the bottom to the top; nobody imports integrations.
-PRIVATE = {"_torch_private", "_peft_private"}
+PRIVATE = {"_torch_private", "_peft_private", "progress"}
 ROOMS = {
     "_torch_private": set(),
     "_peft_private": set(),
+    "progress": set(),
     "parallel": PRIVATE,
     "batches": PRIVATE | {"parallel"},
     "divergence": PRIVATE | {"parallel", "batches"},

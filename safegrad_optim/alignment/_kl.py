@@ -21,6 +21,7 @@ from safegrad_optim.batches import (
 )
 from safegrad_optim.forward import require_inputs
 from safegrad_optim.parallel import inner_module, on_any_rank, require_same, world_size
+from safegrad_optim.progress import shown
 from safegrad_optim.reference import (
     Reference,
     ReferenceCache,
@@ -29,6 +30,9 @@ from safegrad_optim.reference import (
     reference_source,
     remember,
 )
+
+# So many are run in less time than it takes to read of it.
+_FEW_BATCHES = 32
 
 
 class KLAlignment(Alignment):
@@ -96,7 +100,7 @@ class KLAlignment(Alignment):
         ref_model = None if options.ref_model is None else inner_module(options.ref_model)
         origin = reference_source(self.model, ref_model)
         self._reading, self._reference_weights = read_references(
-            options, self.model, origin, self._sources, self._all_parts, self._share, autocast_dtype
+            options, self.model, origin, self._sources, self._announced_parts, self._share, autocast_dtype
         )
         self._origin = origin
         self._start: list[tuple[int, int]] | None = None
@@ -143,8 +147,12 @@ class KLAlignment(Alignment):
         # A number, because torch.distributed.checkpoint takes no other state of an optimizer.
         return int(self._reference_weights[:15], 16)
 
-    def _all_parts(self, source: SourceBatches) -> Iterator[Part]:
-        indices = range(len(source.batches))
+    def _announced_parts(self, source: SourceBatches) -> Iterator[Part]:
+        many = len(source.batches) > _FEW_BATCHES
+        return self._all_parts(source, "Reference of safety batches" if many else None)
+
+    def _all_parts(self, source: SourceBatches, progress: str | None = None) -> Iterator[Part]:
+        indices = shown(range(len(source.batches)), progress)
         return chain.from_iterable(self._parts(source, index, self.micro_batch_size) for index in indices)
 
     def _losses(self, indices: Sequence[int]) -> Iterator[Tensor]:

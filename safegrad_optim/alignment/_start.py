@@ -42,5 +42,6 @@ def check_start(
             f"expected less than {_MOST_IN_MEAN}, and by {largest:.3g} at one, expected less than "
             f"{_MOST_AT_A_TOKEN}. If adapters hold the alignment, merge them (merge_and_unload) and add new "
             "ones; if ref_model is another model, give the aligned one; if weights were loaded since "
-            "KLAlignment was built, build it afterwards; if the run is resumed, give Reference(resumed=True)."
+            "KLAlignment was built, build it afterwards; if the run is resumed, or trains virtual tokens, "
+            "which change the model from the start (prompt tuning), give Reference(resumed=True)."
         )

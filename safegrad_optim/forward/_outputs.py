@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from safegrad_optim._peft_private import virtual_tokens
 from safegrad_optim._torch_private import is_compiled
 from safegrad_optim.batches import Batch
 from safegrad_optim.parallel import whole
@@ -50,6 +51,8 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
     `ref` are hidden states of a reference and, if its head is not the model's, weight and bias of the head:
     their logits come last, after whatever the model does to its logits behind the head.
     """
+    # Virtual tokens stand before all others.
+    mask = nn.functional.pad(mask, (virtual_tokens(model), 0))
     kept: list[Tensor] = []
     precision: list[str] = []
 
@@ -83,14 +86,7 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
         if is_compiled(model):
             # The hooks are new in each call, and would recompile it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        known, takes_more = _inputs_of(model)
-        # Without a config the model is not of transformers and may know no cache.
-        without_cache = "use_cache" in known or (takes_more and hasattr(model, "config"))
-        options = {"use_cache": False} if without_cache else {}
-        if "attention_mask" not in known and not takes_more:
-            # Padding is on the right, where causal models do not look.
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        logits = whole(model(**inputs, **options).logits)
+        logits = whole(model(**_taken(model, inputs)).logits)
     rows = int(mask.sum()) * (2 if ref else 1)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
@@ -113,6 +109,17 @@ def require_inputs(model: nn.Module, names: Iterable[str]) -> None:
             f"The safety rows have {unknown}, which the forward of {type(_inner(model)).__name__} does not "
             "take. Remove these columns."
         )
+
+
+def _taken(model: nn.Module, inputs: Batch) -> dict[str, Any]:
+    """The inputs that a model takes, and no cache."""
+    known, takes_more = _inputs_of(model)
+    if "attention_mask" not in known and not takes_more:
+        # Padding is on the right, where causal models do not look.
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    # Without a config the model is not of transformers and may know no cache.
+    without_cache = "use_cache" in known or (takes_more and hasattr(model, "config"))
+    return {**inputs, "use_cache": False} if without_cache else inputs
 
 
 def _inputs_of(model: nn.Module) -> tuple[set[str], bool]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from safegrad_optim._torch_private import parts_of
 from safegrad_optim.batches import DATED, add_contents
 from safegrad_optim.parallel import local, sum_of_shards
 
@@ -56,8 +57,15 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def sum_of_bits(tensor: Tensor) -> int:
     """Sum the bit patterns that this rank holds modulo 2^64: exact, and the same on every device."""
-    bits = local(tensor).detach().view(_BITS[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    held = local(tensor).detach()
+    if held.device.type == "meta":
+        raise NotImplementedError(
+            f"A weight of shape {tuple(held.shape)} is on the meta device: accelerate has offloaded it, so "
+            "that nothing tells whether it changes. Load the model without offloading, all on GPU or CPU."
+        )
+    # Quantised weights, as torchao's, are made of plain tensors.
+    parts = parts_of(held)
+    return sum(int(part.view(_BITS[part.element_size()]).sum(dtype=torch.int64)) for part in parts)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from safegrad_optim._peft_private import adapter_parameters, inits_that_move_weights, is_merged
 from safegrad_optim.batches import Part
-from safegrad_optim.forward import Outputs, forward_at, unchanged_training
+from safegrad_optim.forward import Outputs, forward_at, output_head, unchanged_training
 from safegrad_optim.parallel import synchronized
 
 Cache = Literal["exact", "hidden", "logits", "top_k"]
@@ -133,12 +133,22 @@ def reference_source(model: nn.Module, ref_model: nn.Module | None = None) -> Re
                 f"The reference shares {len(shared)} trainable parameters with the model, first {shared[0]}. "
                 "Give a copy.deepcopy made before training, or leave ref_model out to keep the model as is."
             )
+        _require_one_vocabulary(model, ref_model)
         return ReferenceSource(ref_model, shares_head=False)
     if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):
         adapters_off = AdaptersOff(model)
         adapters_off.check()
         return adapters_off
     return ReferenceSource(model, drifts=True)
+
+
+def _require_one_vocabulary(model: nn.Module, ref_model: nn.Module) -> None:
+    own, ref = (len(next(output_head(each).parameters())) for each in (model, ref_model))
+    if own != ref:
+        raise ValueError(
+            f"The model has a vocabulary of {own} tokens and ref_model one of {ref}. Resize both alike "
+            "(resize_token_embeddings) before building KLAlignment, or leave ref_model out."
+        )
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:

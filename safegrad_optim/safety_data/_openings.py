@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safegrad_optim.forward import Outputs, forward_at, unchanged_evaluation
 from safegrad_optim.parallel import of_all_ranks, share_of, synchronized
+from safegrad_optim.progress import shown
 from safegrad_optim.reference import ReferenceSource
-from safegrad_optim.safety_data._replies import shown
 
 # Llama opens refusals and many answers with "I", a reasoning model both with a thought.
 _POSITIONS = 4

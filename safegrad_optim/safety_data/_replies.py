@@ -1,6 +1,6 @@
 """A model's own replies."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safegrad_optim.forward import output_head, unchanged_evaluation
+from safegrad_optim.progress import shown
 
 
 @torch.no_grad()
@@ -47,13 +48,3 @@ def greedy_tokens(
                 lengths = (n for n, token in enumerate(tokens, start=1) if token in ends)
                 found[index] = tokens[: next(lengths, None)]
     return [found[index] for index in range(len(prompts))]
-
-
-def shown(starts: range, text: str | None) -> Iterable[int]:
-    """The numbers with a progress bar, if there is a text for it and tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return starts
-    progress: Iterable[int] = tqdm(starts, desc=text, unit="batch", disable=text is None)
-    return progress
