@@ -1,28 +1,83 @@
 """SafeGrad in the Hugging Face Trainer and its subclasses, such as TRL's: optimizer and metrics.
 
+A Trainer that is there, whichever class it is of:
+
+protect_trainer(Trainer(model, args, ...), safety_batches)
+
+or through its own arguments, where it has them:
+
 trainer = Trainer(model, args, ..., optimizer_cls_and_kwargs=safegrad_optimizer(args, safety_batches))
 SafeGradCallback().add_to(trainer)
 """
 
-import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from safegrad_optim.alignment import Alignment, KLAlignment
-from safegrad_optim.batches import SafetyBatches
+from safegrad_optim.alignment import KLAlignment
+from safegrad_optim.batches import SafetyBatches, SafetySource
 from safegrad_optim.integrations import _trainer
-from safegrad_optim.optimizer import SafeGradOptimizer, UnprotectedStepError
+from safegrad_optim.integrations._callback import SafeGradCallback
+from safegrad_optim.optimizer import SafeGradOptimizer
 from safegrad_optim.protection import ProtectionCheck
 
-__all__ = ["SafeGradCallback", "SafeGradFactory", "safegrad_optimizer"]
+__all__ = ["SafeGradCallback", "SafeGradFactory", "protect_trainer", "safegrad_optimizer"]
 
-# Fields of SurgeryStats whose means over a logging interval are logged.
-_FIELDS = ("cosine", "conflict", "user_norm", "alignment_norm", "final_norm")
+
+def protect_trainer(
+    trainer: Trainer,
+    safety_batches: SafetyBatches | Iterable[SafetySource],
+    *,
+    rho: float = 1.0,
+    refresh_every: int = 1,
+    max_grad_norm: float | None = None,
+    check: ProtectionCheck | None = None,
+    **alignment_options: Any,
+) -> SafeGradCallback:
+    """Have a Trainer, of any class, train with a `SafeGradOptimizer` around the optimizer that it makes.
+
+    SafeGradOptimizer(the Trainer's own optimizer, KLAlignment(its model, safety_batches))
+
+    Parameter groups and optimizer are those of the Trainer's class, which may choose them for itself, and an
+    optimizer that it was given is wrapped too. Works before training only. On resuming see
+    `safegrad_optimizer`.
+
+    Args:
+        trainer: not training yet.
+        safety_batches: as `KLAlignment` takes them.
+        rho, refresh_every: as `SafeGradOptimizer` takes them.
+        max_grad_norm: clip the final gradient to this norm; set `args.max_grad_norm=0` with it.
+        check: whether refusals last, see `SafeGradCallback`.
+        alignment_options: keyword arguments of `KLAlignment`; `autocast_dtype` follows the arguments.
+
+    Returns:
+        The callback that it adds, before all others.
+
+    Raises:
+        ValueError, NotImplementedError: as `safegrad_optimizer`.
+        TypeError: the Trainer has an optimizer of SafeGrad's already.
+    """
+    options = {"autocast_dtype": _checked_autocast(trainer.args)} | alignment_options
+    if _trainer.has_factory(trainer, SafeGradFactory):
+        raise TypeError("The Trainer has a safegrad_optimizer() already. Leave that out.")
+
+    def wrap(base: Optimizer, model: nn.Module) -> SafeGradOptimizer:
+        if isinstance(base, SafeGradOptimizer):
+            return base
+        alignment = KLAlignment(model, safety_batches, **options)
+        return SafeGradOptimizer(
+            base, alignment, rho=rho, refresh_every=refresh_every, max_grad_norm=max_grad_norm
+        )
+
+    _trainer.wrap_optimizer(trainer, wrap)
+    callback = SafeGradCallback(check)
+    callback.add_to(trainer)
+    return callback
 
 
 def safegrad_optimizer(
@@ -42,6 +97,8 @@ def safegrad_optimizer(
     pass `reference=Reference(resumed=True)`, and, without PEFT adapters, with the `file` of the original run.
     Under FSDP2 it loads them later: pass neither.
 
+    Parameter groups are those of `Trainer` itself: for a subclass that chooses others use `protect_trainer`.
+
     Args:
         args: the Trainer's arguments; `optim`, `learning_rate` and the like make the base optimizer.
         safety_batches: as `KLAlignment` takes them.
@@ -53,15 +110,7 @@ def safegrad_optimizer(
         ValueError: `args.optim` steps during the backward pass, where there is no gradient to operate on.
         NotImplementedError: the Trainer uses DeepSpeed.
     """
-    _refuse_deepspeed(args)
-    name = OptimizerNames(args.optim).value
-    if "layerwise" in name or "lomo" in name:
-        raise ValueError(
-            f"optim={name!r} updates each layer during the backward pass, before there is a whole gradient "
-            "to operate on. Use one that steps afterwards, such as optim='adamw_torch'."
-        )
-    _warn_of_clipping(args)
-    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    autocast_dtype = _checked_autocast(args)
     return SafeGradFactory, {
         "args": args,
         "safety_batches": safety_batches,
@@ -85,157 +134,14 @@ class SafeGradFactory:
         return SafeGradOptimizer(_trainer.base_optimizer(model, args), alignment, **options)
 
 
-class SafeGradCallback(TrainerCallback, ExportableState):
-    """Refuse to train unprotected, and add `safegrad/*` metrics to the Trainer's training logs.
-
-    Since the last log: the means over protected steps of cosine, user_norm, alignment_norm and final_norm
-    of `SurgeryStats`; conflict_rate, the share of them that conflicted; and alignment_kl, the mean over the
-    safety batches drawn, if any. Over the whole run: the numbers of unprotected_steps and of skipped_steps
-    (by the fp16 loss scaler); all as if a resumed run had not stopped. It waits for the device at logs and
-    checkpoints only.
-
-    With a `ProtectionCheck` also what its last check found since the last log, and once more at the end:
-    refusal_kept, of all requests and of each origin, over_refusal and flipped.
-
-    Args:
-        check: whether refusals last; with `on_leak="stop"` a leak ends the training.
-
-    Raises:
-        ProtectionLostError: there is a leak, and the check's `on_leak` is "raise".
-        UnprotectedStepError: when training starts, the Trainer's optimizer is no `SafeGradOptimizer`.
-        NotImplementedError: when training starts, the Trainer uses DeepSpeed.
-    """
-
-    def __init__(self, check: ProtectionCheck | None = None) -> None:
-        self._optimizer: SafeGradOptimizer | None = None
-        self._check = check
-        self._found: dict[str, float] = {}
-        self._before_reporters = False
-        self._skipped = 0
-        self._clear()
-
-    def add_to(self, trainer: Trainer) -> None:
-        """Add the callback to a Trainer, before its reporters, which miss its metrics otherwise.
-
-        `callbacks=[...]` puts it behind them, and so does `restore_callback_states_from_checkpoint=True`.
-        """
-        _trainer.add_first(trainer, self)
-        self._before_reporters = True
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        _refuse_deepspeed(args)
-        optimizer = _trainer.bare_optimizer(kwargs["optimizer"])
-        if not isinstance(optimizer, SafeGradOptimizer):
-            raise UnprotectedStepError(
-                f"The Trainer's optimizer is a {type(optimizer).__name__}, expected a SafeGradOptimizer. "
-                "Pass optimizers=(SafeGradOptimizer(...), None), or what safegrad_optimizer() returns."
-            )
-        _warn_of_clipping(args)
-        if args.report_to and not self._before_reporters:
-            warnings.warn(
-                f"SafeGradCallback comes after the reporters {args.report_to}, which miss its metrics. "
-                "Leave it out of callbacks=[...] and call SafeGradCallback().add_to(trainer).",
-                stacklevel=2,
-            )
-        self._optimizer = optimizer
-        self._last_stats, self._last_loss = optimizer.stats, _last_loss(optimizer)
-        self._clear()
-        self._skipped = 0
-        # Read here, because the Trainer itself restores a callback only if asked to, as a new object;
-        # and set where missing, because it saves only what was in the checkpoint it resumed from.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if state.global_step > 0:
-            self._sums = torch.tensor(saved["sums"], dtype=torch.float64)
-            self._steps, self._draws, self._skipped = saved["counts"]
-            if "check" in saved:
-                self._resume_check(saved["check"])
-
-    def _resume_check(self, saved: dict[str, Any]) -> None:
-        if self._check is not None:
-            self._check.load_state_dict(saved)
-            return
-        warnings.warn(
-            "The interrupted run had a ProtectionCheck, and this one goes on without. Give SafeGradCallback "
-            "check=..., and leave out restore_callback_states_from_checkpoint, which makes a new callback.",
-            stacklevel=3,
+def _checked_autocast(args: TrainingArguments) -> torch.dtype | None:
+    """The dtype of a Trainer's autocast, if its arguments leave a gradient to operate on."""
+    _trainer.refuse_deepspeed(args)
+    name = OptimizerNames(args.optim).value
+    if "layerwise" in name or "lomo" in name:
+        raise ValueError(
+            f"optim={name!r} updates each layer during the backward pass, before there is a whole gradient "
+            "to operate on. Use one that steps afterwards, such as optim='adamw_torch'."
         )
-
-    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
-        assert self._optimizer is not None
-        self._skipped += bool(getattr(kwargs["optimizer"], "step_was_skipped", False))
-        stats, loss = self._optimizer.stats, _last_loss(self._optimizer)
-        if stats is None or stats is self._last_stats:
-            return
-        drawn = [] if loss is None or loss is self._last_loss else [loss]
-        values = [getattr(stats, field) for field in _FIELDS] + (drawn or [torch.zeros_like(stats.cosine)])
-        new = torch.stack([value.to(stats.cosine) for value in values])
-        self._draws += len(drawn)
-        self._sums = self._sums.to(new) + new
-        self._steps += 1
-        self._last_stats, self._last_loss = stats, loss
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._check is not None and (found := self._check(state.global_step)) is not None:
-            self._found = found.metrics()
-            control.should_training_stop |= self._check.should_stop
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self._check is not None:
-            found = self._check.judged(state.global_step)
-            state.log_history.append({"step": found.step} | _named(found.metrics()))
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # Evaluations and the summary at the end are logged through here as well.
-        logs = kwargs["logs"]
-        if "loss" not in logs or self._optimizer is None:
-            return
-        *sums, losses = self._sums.tolist()
-        metrics: dict[str, float] = {}
-        if self._steps > 0:
-            metrics = {field: value / self._steps for field, value in zip(_FIELDS, sums, strict=True)}
-            metrics["conflict_rate"] = metrics.pop("conflict")
-        if self._draws > 0:
-            is_kl = isinstance(self._optimizer.alignment, KLAlignment)
-            metrics["alignment_kl" if is_kl else "alignment_loss"] = losses / self._draws
-        metrics["unprotected_steps"] = self._optimizer.counts.unprotected
-        metrics["skipped_steps"] = self._skipped
-        metrics = _named(metrics | self._found)
-        self._found = {}
-        logs.update(metrics)
-        _trainer.add_to_last_log(state, metrics)
-        self._clear()
-
-    def state(self) -> dict[str, Any]:
-        """Return what goes into the `trainer_state.json` of a checkpoint."""
-        counts = [self._steps, self._draws, self._skipped]
-        check = {} if self._check is None else {"check": self._check.state_dict()}
-        return {"args": {}, "attributes": {}, "sums": self._sums.tolist(), "counts": counts} | check
-
-    def _clear(self) -> None:
-        self._sums = torch.zeros(len(_FIELDS) + 1, dtype=torch.float64)
-        self._steps = self._draws = 0
-
-
-def _named(metrics: dict[str, float]) -> dict[str, float]:
-    return {f"safegrad/{name}": value for name, value in metrics.items()}
-
-
-def _last_loss(optimizer: SafeGradOptimizer) -> Tensor | None:
-    return optimizer.alignment.last_loss if isinstance(optimizer.alignment, Alignment) else None
-
-
-def _refuse_deepspeed(args: TrainingArguments) -> None:
-    if args.deepspeed_plugin is not None:
-        raise NotImplementedError(
-            "The Trainer uses DeepSpeed, whose ZeRO keeps gradients where no optimizer wrapper sees them. "
-            "Leave out deepspeed= (and `use_deepspeed` of accelerate's config); use DDP or FSDP2 instead."
-        )
-
-
-def _warn_of_clipping(args: TrainingArguments) -> None:
-    if args.max_grad_norm > 0:
-        warnings.warn(
-            f"max_grad_norm={args.max_grad_norm} of the TrainingArguments clips the user gradient alone. Set "
-            "max_grad_norm=0 there, and give it to SafeGradOptimizer or safegrad_optimizer instead.",
-            stacklevel=1,  # One place, so that Python shows it once.
-        )
+    _trainer.warn_of_clipping(args)
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -2,6 +2,7 @@
 
 import inspect
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -58,13 +59,21 @@ def check_groups(base: Optimizer) -> None:
 
 
 def check_alignment(parameters: list[Tensor], grads: Gradients) -> None:
-    """Check that alignment gradients fit the parameters and that there is one at all."""
-    take_apart(parameters, grads)
+    """Check that alignment gradients fit those of the parameters and that there is one at all."""
+    take_apart([_like_its_gradient(parameter) for parameter in parameters], grads)
     if all(grad is None for grad in grads):
         raise ValueError(
             f"All {len(grads)} alignment gradients are None: their loss has no parameter of this optimizer. "
             "Compute it with the model that is optimized; if DeepSpeed ZeRO put others in place, use FSDP2."
         )
+
+
+def _like_its_gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, or where there is none yet, what has its shape and dtype."""
+    if parameter.grad is not None:
+        return parameter.grad
+    dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+    return parameter if dtype == parameter.dtype else torch.empty_like(parameter, dtype=dtype)
 
 
 def check_callable(alignment: object) -> None:

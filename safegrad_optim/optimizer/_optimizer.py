@@ -8,20 +8,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safegrad_optim._torch_private import hook_registry, make_hook_registries, without_global_step_hooks
-from safegrad_optim.optimizer import _checks
+from safegrad_optim.optimizer import _checks, _step
 from safegrad_optim.optimizer._gradients import AlignmentCallable
 from safegrad_optim.optimizer._guard import StepGuard
 from safegrad_optim.optimizer._seen import SeenWeights
 from safegrad_optim.optimizer._state import Kept, OwnState, StepCounts, merged, split
-from safegrad_optim.optimizer._step import (
-    is_state_probe,
-    moved_by,
-    operate_,
-    require_gradients,
-    trainable_parameters,
-)
 from safegrad_optim.parallel import is_distributed_tensor, placed_as
 from safegrad_optim.surgery import ConstantRho, Gradients, SurgeryStats
+
+# What schedules and checkpoints ask a base for; others of its methods may step.
+_HANDED_ON = ("_get_lr", "consolidate_state_dict")
 
 
 class SafeGradOptimizer(Optimizer):
@@ -76,8 +72,9 @@ class SafeGradOptimizer(Optimizer):
         self._guard = StepGuard()
         self._guard.install(base_optimizer)
         self._seen = SeenWeights()
-        every = [parameter for group in base_optimizer.param_groups for parameter in group["params"]]
-        self._seen.watch([parameter for parameter in every if parameter.requires_grad])
+        self._seen.watch(
+            [p for group in base_optimizer.param_groups for p in group["params"] if p.requires_grad]
+        )
         self.alignment = alignment
         self.max_grad_norm = max_grad_norm
         self.refresh_every = refresh_every
@@ -115,7 +112,7 @@ class SafeGradOptimizer(Optimizer):
             ValueError: an entry is missing, unknown, or has another shape, dtype or device than its
                 parameter; or all are `None`. The gradient set before, if any, stays.
         """
-        self._own.push(trainable_parameters(self.base_optimizer), grads)
+        self._own.push(_step.trainable_parameters(self.base_optimizer), grads)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -137,14 +134,16 @@ class SafeGradOptimizer(Optimizer):
                 loss = closure()
         # Here as well as at construction: groups may be added, or replaced by load_state_dict.
         _checks.check_groups(self.base_optimizer)
-        parameters = trainable_parameters(self.base_optimizer)
+        parameters = _step.trainable_parameters(self.base_optimizer)
         for parameter in filter(is_distributed_tensor, parameters):
             parameter.grad = placed_as(parameter.grad, parameter)
         user_grads = [parameter.grad for parameter in parameters]
         own = self._own
         if not own.allow_unprotected:
-            require_gradients(user_grads)
-        is_noop = all(grad is None for grad in user_grads) or is_state_probe(self.base_optimizer, user_grads)
+            _step.require_gradients(user_grads)
+        is_noop = all(grad is None for grad in user_grads) or _step.is_state_probe(
+            self.base_optimizer, user_grads
+        )
         # The base may have failed, out of memory for example, and be stepped again.
         if not is_noop and not own.is_final(user_grads):
             self._seen.check()
@@ -161,7 +160,7 @@ class SafeGradOptimizer(Optimizer):
         own = self._own
         alignment_grads = own.take(parameters)
         if alignment_grads is not None:
-            operate_(own, parameters, alignment_grads, moved_by(self.base_optimizer))
+            _step.operate_(own, parameters, alignment_grads, _step.moved_by(self.base_optimizer))
         elif own.allow_unprotected:
             own.unprotected += 1
         else:
@@ -214,7 +213,7 @@ class SafeGradOptimizer(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         state_dict, own = split(state_dict)
         before = self._own.state_dict()
-        parameters = trainable_parameters(self.base_optimizer)
+        parameters = _step.trainable_parameters(self.base_optimizer)
         if own is None:
             self._own.pulled = None
         else:
@@ -234,6 +233,11 @@ class SafeGradOptimizer(Optimizer):
     def eval(self) -> None:
         """Switch a schedule-free base optimizer to evaluation weights; nothing for other bases."""
         getattr(self.base_optimizer, "eval", lambda: None)()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HANDED_ON and hasattr(vars(self).get("base_optimizer"), name):
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         # As Optimizer does: no hooks, and not the `step` that an LR scheduler put on the instance.

@@ -25,11 +25,11 @@ def greedy_tokens(
 
     `progress` is the text of a progress bar, which is shown if tqdm is installed.
     """
-    stop = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own: Any = getattr(model, "generation_config", None)
+    stop = getattr(own, "eos_token_id", None)
     ends = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
     limits = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends) or None, "pad_token_id": 0}
-    # A chat model's own generation config may sample, search or penalise.
-    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+    greedy = {"do_sample": False, "num_beams": 1, "use_cache": True}
     generate: Any = model.generate
     device = next(model.parameters()).device
     # Prompts of like length share a batch, so that little of it is padding.
@@ -38,6 +38,9 @@ def greedy_tokens(
     # On a CPU, the product with a slice of the hidden states copies the head once for each prompt.
     hook = output_head(model).register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     with hook, unchanged_evaluation(model):
+        if own is not None:
+            # A chat model's own may sample, search, penalise, suppress or force tokens.
+            model.generation_config = type(own)()
         for start in shown(range(0, len(order), batch_size), progress):
             indices = order[start : start + batch_size]
             rows = [torch.tensor(prompts[index], dtype=torch.long, device=device) for index in indices]

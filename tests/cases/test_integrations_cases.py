@@ -7,8 +7,8 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from safegrad_optim import KLAlignment, SafeGradOptimizer
-from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
-from tests.cases.support import PART_II, refused, right_or_refused
+from safegrad_optim.integrations.transformers import SafeGradCallback, protect_trainer
+from tests.cases.support import refused, right_or_refused
 from tests.support.models import padded, safety_rows, tiny_model, tiny_peft
 
 
@@ -68,23 +68,34 @@ class NoDecayOfEmbeddings(transformers.Trainer):
         return [name for name in super().get_decay_parameter_names(model) if "embed" not in name]
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AssertionError)
-def test_parameter_groups_are_those_of_the_trainer_that_trains(tmp_path):
-    """A subclass of Trainer has its own parameter groups with safegrad_optimizer, too."""
+class OwnOptimizer(NoDecayOfEmbeddings):
+    """A Trainer that chooses its optimizer as well."""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        return torch.optim.RMSprop, {"lr": 0.5}
+
+
+@pytest.mark.parametrize("trainer_class", [transformers.Trainer, NoDecayOfEmbeddings, OwnOptimizer])
+def test_optimizer_and_groups_are_those_of_the_trainer_that_trains(tmp_path, trainer_class):
+    """A subclass of Trainer has its own parameter groups and optimizer with protect_trainer, too."""
     args = arguments(tmp_path, weight_decay=0.1)
 
-    def decay_of_embeddings(**options):
+    def created(protected):
         model = tiny_model(dtype=torch.float32)
-        trainer = NoDecayOfEmbeddings(model, args, train_dataset=safety_rows(), **options)
-        trainer.create_optimizer()
-        embedding = model.model.embed_tokens.weight
-        groups = trainer.optimizer.param_groups
-        return [
-            group["weight_decay"] for group in groups if any(part is embedding for part in group["params"])
+        trainer = trainer_class(model, args, train_dataset=safety_rows())
+        if protected:
+            protect_trainer(trainer, safety_rows())
+        optimizer = trainer.create_optimizer()
+        assert trainer.optimizer is optimizer
+        base = optimizer.base_optimizer if protected else optimizer
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [
+            {**group, "params": [names[part] for part in group["params"]]} for group in base.param_groups
         ]
+        return type(base), groups
 
-    wrapped = safegrad_optimizer(args, safety_rows())
-    assert decay_of_embeddings(optimizer_cls_and_kwargs=wrapped) == decay_of_embeddings() == [0.0]
+    assert created(protected=True) == created(protected=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")

@@ -8,7 +8,6 @@ import torch
 from safegrad_optim import KLAlignment, SafeGradOptimizer, UnprotectedStepError
 from tests.cases.support import (
     PART_I,
-    PART_II,
     assert_same,
     flat,
     refused,
@@ -262,7 +261,6 @@ def test_a_base_that_is_no_subclass_of_optimizer(copied):
     assert optimizer.counts.steps == 3
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=AttributeError)
 def test_a_schedule_that_asks_the_base_for_its_learning_rate():
     """Adafactor's own schedule reads the learning rate through the wrapper as from the bare optimizer."""
     optimization = pytest.importorskip("transformers.optimization")
@@ -281,7 +279,6 @@ def test_a_schedule_that_asks_the_base_for_its_learning_rate():
     assert rates(wrapped=True) == rates(wrapped=False)
 
 
-@pytest.mark.xfail(strict=True, reason=PART_II, raises=ValueError)
 def test_gradients_in_another_dtype_than_their_parameters():
     """The fp32 gradients that torch keeps of bf16 parameters are protected."""
     model = tiny_model(dtype=torch.bfloat16)

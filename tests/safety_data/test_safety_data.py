@@ -269,13 +269,27 @@ def test_a_reply_that_the_cap_cuts_has_no_end_of_turn(aligned):
     assert only([REQUEST], model=aligned, max_length=length - 2)["labels"] == whole["labels"][:-2]
 
 
-def test_replies_are_greedy_whatever_the_generation_config_says(aligned):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 50.0},
+        {"num_beams": 3, "length_penalty": 5.0},
+        {"repetition_penalty": 20.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": TOKENIZER(REFUSAL, add_special_tokens=False)["input_ids"]},
+        {"begin_suppress_tokens": [*range(5, 60)]},
+        {"min_new_tokens": 40},
+        {"forced_eos_token_id": 7},
+        {"sequence_bias": [[[44], -90.0]]},
+    ],
+)
+def test_replies_are_greedy_whatever_the_generation_config_says(aligned, options):
     expected = only([REQUEST], model=aligned)
-    aligned.generation_config.do_sample = True
-    aligned.generation_config.temperature = 50.0
-    aligned.generation_config.repetition_penalty = 20.0
     aligned.config.use_cache = False
+    config = aligned.generation_config
+    config.update(**options)
     assert only([REQUEST], model=aligned) == expected
+    assert aligned.generation_config is config
 
 
 def test_a_reply_ends_at_any_end_token_of_the_model(aligned):
