@@ -18,7 +18,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
 from safegrad_optim import ProtectionCheck, Reference, safety_rows, safety_sources, shipped_requests
-from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
+from safegrad_optim.integrations.transformers import protect_trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,12 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
         args,
         train_dataset=Dataset.from_list(safety_rows(turns, tokenizer)),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        # The reference is the model with its adapters off, so it is there at a resume as well.
-        optimizer_cls_and_kwargs=safegrad_optimizer(
-            args, sources, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
-        ),
     )
-    SafeGradCallback(check).add_to(trainer)
+    # The reference is the model with its adapters off, so it is there at a resume as well.
+    reference = Reference(resumed=options.resume)
+    protect_trainer(trainer, sources, max_grad_norm=1.0, check=check, reference=reference)
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     print(f"Before: {before}\nAfter: {check.history[-1]}")

@@ -4,7 +4,7 @@
     python examples/trl_sft.py --steps 120 --resume
 
 The user task is to read order numbers as JSON; 30 % of the rows are unsafe requests with the opening
-of a compliant reply. SFTTrainer makes the PEFT model itself, so the optimizer is given as a factory.
+of a compliant reply.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
 from safegrad_optim import ProtectionCheck, Reference, safety_sources, shipped_requests
-from safegrad_optim.integrations.transformers import SafeGradCallback, safegrad_optimizer
+from safegrad_optim.integrations.transformers import protect_trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,12 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-        # The reference is the model with its adapters off, so it is there at a resume as well.
-        optimizer_cls_and_kwargs=safegrad_optimizer(
-            args, sources, max_grad_norm=1.0, reference=Reference(resumed=options.resume)
-        ),
     )
-    SafeGradCallback(check).add_to(trainer)
+    # The reference is the model with its adapters off, so it is there at a resume as well.
+    reference = Reference(resumed=options.resume)
+    protect_trainer(trainer, sources, max_grad_norm=1.0, check=check, reference=reference)
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
     print(f"Before: {before}\nAfter: {check.history[-1]}")

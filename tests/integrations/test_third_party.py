@@ -6,8 +6,8 @@ import peft
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
-from tests.support.models import VOCABULARY, padded, safety_rows, tiny_model, tiny_peft, trainable
+from safegrad_optim import KLAlignment, SafeGradOptimizer
+from tests.support.models import VOCABULARY, safety_rows, tiny_model, tiny_peft, trainable
 
 SHAPES = [(6, 4), (8, 6)]  # matrices, for the sake of Muon and its kin
 
@@ -283,78 +283,6 @@ def test_bitsandbytes_on_a_cpu(name):
         return parameter
 
     assert_same(run(wrapped=True), run(wrapped=False))
-
-
-# --- lightning ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers:UserWarning",
-    "ignore:.*treespec, LeafSpec:FutureWarning",
-)
-def test_lightning(precision, accumulation, tmp_path):
-    lightning = pytest.importorskip("lightning")
-    dtype = {"32-true": None, "bf16-mixed": torch.bfloat16}[precision]
-    rates = []
-
-    class Module(lightning.LightningModule):
-        def __init__(self, safe):
-            super().__init__()
-            self.model = tiny_peft(torch.float32)
-            self.safe = safe
-
-        def training_step(self, batch):
-            return self.model(**batch, use_cache=False).loss
-
-        def configure_optimizers(self):
-            base = torch.optim.AdamW(trainable(self.model), lr=0.02)
-            self.optimizer = base
-            if self.safe:
-                alignment = KLAlignment(self.model, safety_rows(4), autocast_dtype=dtype)
-                self.optimizer = SafeGradOptimizer(base, alignment, rho=20.0)
-            scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.5, total_iters=4)
-            return [self.optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-        def on_train_batch_end(self, *_):
-            rates.append(self.optimizer.param_groups[0]["lr"])
-
-    def fit(safe):
-        lightning.seed_everything(0, verbose=False)
-        rates.clear()
-        module = Module(safe)
-        module.train()
-        trainer = lightning.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            precision=precision,
-            accumulate_grad_batches=accumulation,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        rows = safety_rows(8 * accumulation, seed=5)
-        loader = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=padded)
-        trainer.fit(module, loader)
-        return module
-
-    safe = fit(safe=True)
-    assert safe.optimizer.counts.steps == 4
-    assert safe.optimizer.counts.negligible == 1
-    assert safe.optimizer.counts.unprotected == 0
-    assert safe.optimizer.alignment.state_dict()["taken"] == 4
-    assert rates[-1] == pytest.approx(0.01)
-    plain = fit(safe=False)
-
-    def divergence(module):
-        alignment = KLAlignment(module.model, safety_rows(4), reference=Reference(resumed=True))
-        alignment(trainable(module.model))
-        return float(alignment.last_loss)
-
-    assert divergence(safe) < 0.7 * divergence(plain)
 
 
 # --- PEFT -----------------------------------------------------------------------------------------
