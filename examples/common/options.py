@@ -24,7 +24,7 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--lr", type=not_negative, default=3e-4)
     parser.add_argument("--rho", type=not_negative, default=1.0, help="weight of the alignment gradient")
-    parser.add_argument("--prefix-weight", type=not_negative, default=12.5, help="of prefixed requests")
+    parser.add_argument("--prefix-weight", type=not_negative, default=5.0, help="of prefixed requests")
     parser.add_argument("--refresh-every", type=positive, default=1, help="steps per alignment gradient")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -5,13 +5,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safegrad_optim._torch_private import buffers_of, version
 from safegrad_optim.forward._randomness import switch_off
 from safegrad_optim.parallel import device_type, is_distributed_tensor
 
-_OF_EVERY_MODULE = {*vars(nn.Module())}
+# What every module has, but for its submodules, which some models replace.
+_NOT_PLAIN = {*vars(nn.Module())} - {"_modules"}
 
 
 @contextmanager
@@ -57,6 +58,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(cuda):
             yield
+        _require_unwritten(weights)
     finally:
         for kept in attributes:
             kept.put_back()
@@ -65,11 +67,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 buffers_of(module)[name] = buffer
                 if version(buffer) != before:
                     buffer.copy_(value)
+
+
+def _require_unwritten(weights: list[tuple[str, Tensor, int]]) -> None:
     written = [name for name, tensor, before in weights if version(tensor) != before]
     if written:
         raise RuntimeError(
-            f"A forward pass wrote to {len(written)} parameters (first: {written[0]}), so the safety batches "
-            "change the model that is trained. Give a model whose forward leaves its weights alone."
+            f"A forward pass wrote to {len(written)} parameters (first: {written[0]}), so a pass on safety "
+            "batches changes the model. Load it anew, and give one whose forward leaves its weights alone."
         )
 
 
@@ -88,7 +93,7 @@ class _Attributes:
         self._contents = [
             (value, value.copy())
             for name, value in self._before.items()
-            if type(value) in (list, dict, set) and name not in _OF_EVERY_MODULE
+            if type(value) in (list, dict, set) and name not in _NOT_PLAIN
         ]
 
     def put_back(self) -> None:

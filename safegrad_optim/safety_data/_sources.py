@@ -66,7 +66,7 @@ def safety_sources(
     training_data: TrainingData | None,
     *,
     requests: Sequence[Mapping[str, Any]] | None = None,
-    prefix_weight: float = 12.5,
+    prefix_weight: float = 5.0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -93,8 +93,8 @@ def safety_sources(
             `None` for no source of them, which protects only against attacks of the requests' own hand.
         requests: rows with "request" and "lookalike", and perhaps a "category"; by default
             `shipped_requests()`.
-        prefix_weight: of the prefixed requests. Less lets the model learn its task sooner, and attacks
-            without unsafe text through.
+        prefix_weight: of the prefixed requests. More, such as 12.5, holds more of an attack without unsafe
+            text, and costs task accuracy.
         chat_template_kwargs: what else the chat template is given, as in `safety_rows`.
         batch_size: prompts that go through the model at a time.
         seed: of the prefixes, and of what is kept out.

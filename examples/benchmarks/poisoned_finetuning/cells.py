@@ -39,8 +39,8 @@ class Cell:
     rho: float = 1.0
     training_weight: float = 1.0
     """Times the recommended weight of the source of refused training prompts."""
-    prefix_weight: float = 1.0
-    """Times the recommended weight of the source of prefixed requests."""
+    prefix_weight: float = 5.0
+    """Of the source of prefixed requests."""
     refresh_every: int = 1
     steps: int = 120
     lr: float = 5e-4
@@ -65,7 +65,7 @@ def screen() -> Iterator[Cell]:
 
 def identity() -> Iterator[Cell]:
     """The attack without unsafe text, by rho and the weight of the prefixes."""
-    for ratio, (rho, weight) in product((0.9, 0.3), ((1.0, 1.0), (1.0, 0.4), (1.0, 0.2), (5.0, 1.0))):
+    for ratio, (rho, weight) in product((0.9, 0.3), ((1.0, 5.0), (1.0, 12.5), (1.0, 2.5), (5.0, 5.0))):
         yield Cell(ratio=ratio, attack="identity", rho=rho, prefix_weight=weight)
     for ratio in (0.9, 0.3):
         yield Cell("plain", ratio=ratio, attack="identity")

@@ -65,7 +65,8 @@ def safety_rows_of(
             {"request": unsafe.prompt, "lookalike": row["lookalike"]}
             for unsafe, row in zip(advbench, requests, strict=False)
         ]
-    made = safety_sources(model, tokenizer, [turn.prompt for turn in rows], requests=requests, seed=cell.seed)
+    options: dict[str, Any] = {"requests": requests, "prefix_weight": cell.prefix_weight, "seed": cell.seed}
+    made = safety_sources(model, tokenizer, [turn.prompt for turn in rows], **options)
     if cell.arm == "plain":
         return SafetyRows(rows, made=made)
     if cell.arm == "paper":
@@ -79,7 +80,7 @@ def safety_rows_of(
         refused = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
         kept = [turn for turn in rows if turn.prompt not in refused]
         return SafetyRows(drawn(kept, len(rows), random.Random(cell.seed)), made=made)
-    factors = {"training prompts": cell.training_weight, "prefixed requests": cell.prefix_weight}
+    factors = {"training prompts": cell.training_weight}
     sources = [
         replace(source, weight=source.weight * factors.get(name, 1.0))
         for name, source in made.by_name.items()
