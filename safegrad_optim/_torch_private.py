@@ -9,12 +9,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+# Files of torch whose layers have no state beyond parameters and buffers.
+_PLAIN = {f"torch.nn.modules.{name}" for name in ("container", "linear", "normalization")}
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def version(tensor: Tensor) -> int:
     """Return a count that each write to the memory of a tensor raises."""
     return tensor._version
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Return whether a module is one of torch's dropouts, with its rate as `p`."""
+    return isinstance(module, torch.nn.modules.dropout._DropoutNd)
+
+
+def is_fixed_by_mode(module: nn.Module) -> bool:
+    """Return whether the mode alone makes a module of torch random, or normalise over the batch."""
+    return isinstance(module, torch.nn.modules.batchnorm._NormBase | nn.RReLU)
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Return whether a module is of a class of torch that notes nothing in attributes and has no rate."""
+    return type(module).__module__ in _PLAIN
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:

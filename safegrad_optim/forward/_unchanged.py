@@ -1,13 +1,14 @@
 """Passes through a model that leave no trace in it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim._torch_private import buffers_of, version
+from safegrad_optim._torch_private import buffers_of, is_plain_layer, parameters_of, version
 from safegrad_optim.forward._randomness import switch_off
 from safegrad_optim.parallel import device_type, is_distributed_tensor
 
@@ -18,10 +19,10 @@ _NOT_PLAIN = {*vars(nn.Module())} - {"_modules"}
 @contextmanager
 def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
     """Run the model as in eval mode, for replies, and leave it as it was."""
-    with _unchanged(model):
-        for module in model.modules():
-            # Not eval(), in which some merge their adapters or pack their weights.
-            module.training = False
+    modules = [*model.modules()]
+    with _unchanged(model, modules):
+        # Not eval(), in which some merge their adapters or pack their weights.
+        _set_modes(modules, repeat(False))
         yield
 
 
@@ -32,36 +33,37 @@ def unchanged_training(model: nn.Module, autocast_dtype: torch.dtype | None = No
     Not in eval mode: there some models take a path without a graph, or pack their weights, and checkpoint
     nothing. Autocast inside is off or to `autocast_dtype`, wherever the optimizer's step is called.
     """
-    with _unchanged(model), autocast(model, autocast_dtype):
-        for module in model.modules():
-            module.training = True
-        switch_off(model)
+    modules = [*model.modules()]
+    with _unchanged(model, modules), autocast(model, autocast_dtype):
+        _set_modes(modules, repeat(True))
+        switch_off(modules)
         yield
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    attributes = [*map(_Attributes, _with_attributes(model))]
+def _unchanged(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    modes = [module.training for module in modules]
+    attributes = [*map(_Attributes, _with_attributes(modules))]
     buffers = [
         (module, name, buffer, version(buffer), buffer.clone())
-        for module in model.modules()
+        for module in modules
         for name, buffer in buffers_of(module).items()
         if buffer is not None
     ]
-    weights = [
-        (name, tensor, version(tensor))
-        for name, tensor in model.named_parameters()
-        # FSDP2 writes to what it gathers.
-        if not is_distributed_tensor(tensor)
-    ]
-    cuda = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    parameters = {
+        tensor for module in modules for tensor in parameters_of(module).values() if tensor is not None
+    }
+    # FSDP2 writes to what it gathers.
+    weights = [(tensor, version(tensor)) for tensor in parameters if not is_distributed_tensor(tensor)]
+    cuda = {tensor.device for tensor in parameters if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(cuda):
             yield
-        _require_unwritten(weights)
+        _require_unwritten(model, {tensor for tensor, before in weights if version(tensor) != before})
     finally:
         for kept in attributes:
             kept.put_back()
+        _set_modes(modules, modes)
         with torch.no_grad():
             for module, name, buffer, before, value in buffers:
                 buffers_of(module)[name] = buffer
@@ -69,19 +71,28 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _require_unwritten(weights: list[tuple[str, Tensor, int]]) -> None:
-    written = [name for name, tensor, before in weights if version(tensor) != before]
+def _set_modes(modules: Iterable[nn.Module], modes: Iterable[bool]) -> None:
+    for module, mode in zip(modules, modes, strict=False):
+        # Past __setattr__, which takes longer than all else here.
+        vars(module)["training"] = mode
+
+
+def _require_unwritten(model: nn.Module, written: set[Tensor]) -> None:
     if written:
+        first = next(name for name, tensor in model.named_parameters() if tensor in written)
         raise RuntimeError(
-            f"A forward pass wrote to {len(written)} parameters (first: {written[0]}), so a pass on safety "
-            "batches changes the model. Load it anew, and give one whose forward leaves its weights alone."
+            f"A forward pass wrote to {len(written)} parameters (first: {first}), so safety batches change the "
+            "model. Load it anew, and give one whose forward leaves its weights alone."
         )
 
 
-def _with_attributes(model: nn.Module) -> list[Any]:
-    """The modules of a model and their configs, each once."""
-    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config"))}
-    return [*model.modules(), *(config for config in configs.values() if hasattr(config, "__dict__"))]
+def _with_attributes(modules: Sequence[nn.Module]) -> list[Any]:
+    """What may note in plain attributes what it has seen: modules of models, and their configs, each once."""
+    own = [module for module in modules if not is_plain_layer(module)]
+    configs = {
+        id(config): config for module in own if hasattr(config := vars(module).get("config"), "__dict__")
+    }
+    return [*own, *configs.values()]
 
 
 class _Attributes:
@@ -93,19 +104,24 @@ class _Attributes:
         self._contents = [
             (value, value.copy())
             for name, value in self._before.items()
-            if type(value) in (list, dict, set) and name not in _NOT_PLAIN
+            if type(value) in _CONTAINERS and name not in _NOT_PLAIN
         ]
 
     def put_back(self) -> None:
-        for name in self._now.keys() - self._before.keys():
-            del self._now[name]
-        for name, value in self._before.items():
-            if name not in self._now or self._now[name] is not value:
-                self._now[name] = value
-        for value, before in self._contents:
-            if not _same(value, before):
+        now, before = self._now, self._before
+        if now.keys() != before.keys():
+            for name in now.keys() - before.keys():
+                del now[name]
+        for name, value in before.items():
+            if now.get(name, self) is not value:
+                now[name] = value
+        for value, contents in self._contents:
+            if not _same(value, contents):
                 value.clear()
-                value.extend(before) if isinstance(value, list) else value.update(before)
+                value.extend(contents) if isinstance(value, list) else value.update(contents)
+
+
+_CONTAINERS = {list, dict, set}
 
 
 def _same(one: Any, other: Any) -> bool:
