@@ -87,11 +87,12 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
             # The hooks are new in each call, and would recompile it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits = whole(model(**_taken(model, inputs)).logits)
-    rows = int(mask.sum()) * (2 if ref else 1)
+    rows = sum(map(len, kept)) * (2 if ref else 1)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
             f"Expected logits of {rows} positions from one call of the head, found {tuple(logits.shape)} "
-            f"from {len(kept)}. Pass the original of a model that is compiled or whose forward was replaced."
+            f"from {len(kept)}. Pass the original of a model that is compiled or whose forward was replaced; "
+            "one that runs its head several times a pass, as X-LoRA's, wants an alignment of your own."
         )
     return Outputs(kept[0], logits.squeeze(0), precision[0])
 

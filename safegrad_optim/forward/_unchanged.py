@@ -81,7 +81,7 @@ def _require_unwritten(model: nn.Module, written: set[Tensor]) -> None:
     if written:
         first = next(name for name, tensor in model.named_parameters() if tensor in written)
         raise RuntimeError(
-            f"A forward pass wrote to {len(written)} parameters (first: {first}), so safety batches change the "
+            f"A forward pass wrote to {len(written)} parameters (first: {first}): safety batches change the "
             "model. Load it anew, and give one whose forward leaves its weights alone."
         )
 

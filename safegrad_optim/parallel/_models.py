@@ -16,6 +16,11 @@ from safegrad_optim.parallel._tensors import is_distributed_tensor, local, world
 
 def inner_module(model: nn.Module) -> nn.Module:
     """Return the module inside DDP, whose own forward would arm its reducer; any other module as it is."""
+    if isinstance(model, nn.DataParallel):
+        raise NotImplementedError(
+            "The model is a DataParallel, which copies its .module at each pass. Give that .module, or "
+            "use DistributedDataParallel."
+        )
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     if model.process_group.size() != world_size():

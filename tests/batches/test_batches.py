@@ -7,6 +7,10 @@ from safegrad_optim.batches import as_batches, position_mask
 from tests.support.models import padded, safety_rows, tiny_peft
 
 
+def row(**fields):
+    return {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]} | fields
+
+
 def as_one(batches):
     return as_batches(batches, positions="response", batch_size=8)
 
@@ -66,9 +70,41 @@ def test_masks_select_the_position_before_each_compared_token():
             "batch 1 has no response token",
         ),
         (
-            [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [1], "labels": [1], "extra": [1]}],
+            [
+                {"input_ids": [1, 2], "labels": [1, 2]},
+                {"input_ids": [1, 2], "labels": [1, 2], "extra": [1, 1]},
+            ],
             ValueError,
             "different fields",
+        ),
+        ([row(length=2)], ValueError, r"'length' .* shape \(\)"),
+        ([row(length=[2])], ValueError, r"'length' .* shape \(1,\)"),
+        (
+            {**padded(safety_rows(2)), "length": [5, 6]},
+            ValueError,
+            r"have \['length'\], which the forward of LlamaForCausalLM",
+        ),
+        (
+            [
+                {
+                    "input_ids": [1, 2, 3],
+                    "labels": [-100, 2, 3],
+                    "position_ids": [0, 0, 1],
+                    "attention_mask": [1] * 3,
+                }
+            ],
+            ValueError,
+            "position_ids start again",
+        ),
+        (
+            [row(labels=[-100, 2, 4])],
+            ValueError,
+            "in row 0 the label at place 2 is 4, and the input id 3",
+        ),
+        (
+            [row(attention_mask=[1, 1, 0])],
+            ValueError,
+            "1 labels are on padding",
         ),
     ],
 )
@@ -80,3 +116,22 @@ def test_what_cannot_align_is_refused(batches, error, message):
 def test_batch_size_is_checked():
     with pytest.raises(ValueError, match="batch_size is 0"):
         KLAlignment(tiny_peft(), safety_rows(), batch_size=0)
+
+
+def test_rows_with_positions_of_one_text_are_no_packed_rows():
+    rows = [row | {"position_ids": [*range(len(row["labels"]))]} for row in safety_rows(3)]
+    (batch,) = as_one(rows)
+    # Padding is told from text by its position.
+    counts = [len(row["labels"]) - 1 for row in rows]
+    assert position_mask(batch, "all").sum(dim=1).tolist() == counts
+    expected = position_mask(as_one(safety_rows(3))[0], "all")
+    assert torch.equal(position_mask(batch, "all"), expected)
+
+
+def test_a_batch_is_a_copy():
+    given = padded(safety_rows(2))
+    (batch,) = as_one(given)
+    given["labels"].fill_(-100)
+    given["input_ids"].zero_()
+    assert position_mask(batch, "response").any()
+    assert batch["input_ids"].any()

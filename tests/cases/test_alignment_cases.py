@@ -136,6 +136,68 @@ def test_a_pass_that_is_interrupted_leaves_the_model_in_its_mode():
     assert all(module.training for module in model.modules())
 
 
+class MergesInEvalMode(torch.nn.Module):
+    """Adds its adapter to its weight in eval mode and takes it away in training, as loralib's layers do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.merged = inner, False
+        self.adapter = torch.nn.Parameter(torch.ones_like(inner.weight))
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            with torch.no_grad():
+                self.inner.weight += -self.adapter if mode else self.adapter
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        own = 0 if self.merged else torch.nn.functional.linear(x, self.adapter)
+        return self.inner(x) + own
+
+
+def test_adapters_that_are_merged_in_eval_mode_stay_as_they_are():
+    """The pass switches no mode that the model's own train() and eval() act on."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = MergesInEvalMode(layer.mlp.down_proj)
+    before = copy.deepcopy(model.state_dict())
+    alignment = KLAlignment(model, safety_rows())
+    alignment(trainable(model))
+    assert not any(getattr(module, "merged", False) for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class CountsInAList(torch.nn.Module):
+    """Keeps what it has seen in containers, which a shallow copy of its attributes does not hold."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.lengths, self.seen, self.last = inner, [], {}, set()
+
+    def forward(self, x):
+        self.lengths.append(x.shape[1])
+        self.seen[x.shape[1]] = self.seen.get(x.shape[1], 0) + 1
+        self.last.add(x.shape[1])
+        self.count = len(self.lengths)
+        return self.inner(x)
+
+
+def test_what_modules_keep_of_their_inputs_is_the_users():
+    """Lists, dicts, sets and new attributes are what they are without the pass."""
+
+    def kept(wrapped):
+        model = tiny_model()
+        for layer in model.model.layers:
+            layer.mlp = CountsInAList(layer.mlp)
+        base = sgd(model)
+        take_steps(model, SafeGradOptimizer(base, KLAlignment(model, safety_rows())) if wrapped else base)
+        mlp = model.model.layers[1].mlp
+        return mlp.lengths, mlp.seen, mlp.last, mlp.count
+
+    assert kept(wrapped=True) == kept(wrapped=False)
+
+
 # --- what others see of it ------------------------------------------------------------------------
 
 

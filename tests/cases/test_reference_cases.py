@@ -342,3 +342,39 @@ def test_a_reference_model_of_another_vocabulary():
             KLAlignment(model, safety_rows(), reference=reference)
             outcomes.add(cache)
     assert outcomes in (set(), {"exact", "logits", "top_k", None})
+
+
+def data_parallel(folder):
+    return torch.nn.DataParallel(tiny_peft())
+
+
+def offloaded(folder):
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.cpu_offload(tiny_model(), execution_device="cpu")
+
+
+def mixture_of_adapters(folder):
+    def base():
+        model = tiny_model(tie_word_embeddings=False, dtype=torch.float32)
+        model.config.use_cache = False  # X-LoRA wants it so
+        return model
+
+    tiny_peft(torch.float32, model=base()).save_pretrained(folder)
+    adapters = {"0": str(folder), "1": str(folder)}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, xlora_depth=2, adapters=adapters)
+    return peft.get_peft_model(base(), config)
+
+
+@pytest.mark.filterwarnings("ignore")  # of X-LoRA, about its own way of loading adapters
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (data_parallel, r"DataParallel.*\.module"),
+        (offloaded, "offloaded.*without offloading"),
+        (mixture_of_adapters, r"xlora_classifier.*Reference\(ref_model="),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_told_why_and_what_to_do(make, advice, tmp_path):
+    """The error names the cause and a way out."""
+    with pytest.raises((NotImplementedError, ValueError), match=advice):
+        KLAlignment(make(tmp_path), safety_rows())
