@@ -7,50 +7,26 @@ The user task is to read order numbers as JSON; 30 % of the rows are unsafe requ
 of a compliant reply.
 """
 
-import argparse
-import random
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, get_constant_schedule_with_warmup
 
-from common.chat_data import harmful_turns, read_rows
-from common.smollm2 import load_aligned
-from safegrad_optim import (
-    KLAlignment,
-    ProtectionCheck,
-    SafeGradOptimizer,
-    safety_rows,
-    safety_sources,
-    shipped_requests,
-)
+from common.script import aligned_model, lora, parse, poisoned_rows
+from safegrad_optim import KLAlignment, ProtectionCheck, SafeGradOptimizer, safety_rows, safety_sources
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps in all")
-    parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/accelerate_loop"))
-    parser.add_argument("--resume", action="store_true", help="go on from the state saved there")
-    options = parser.parse_args(arguments)
+    options = parse("accelerate_loop", __doc__, arguments)
 
-    torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    model, tokenizer = load_aligned(torch.bfloat16)
-    if accelerator.device.type == "cpu":
-        model.set_attn_implementation("eager")  # twice as fast on a CPU
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    model = get_peft_model(model, lora)
-
-    harmful = [turn._asdict() for turn in harmful_turns("attack")]
-    rows = safety_rows(read_rows("tickets", "train")[:224] + harmful, tokenizer)
-    random.Random(0).shuffle(rows)
+    model, tokenizer = aligned_model(torch.bfloat16)
+    model = get_peft_model(model, lora())
+    rows = safety_rows(poisoned_rows(), tokenizer)
 
     model = accelerator.prepare(model)  # first, so that the alignment is of the model in its place
-    sources = safety_sources(model, tokenizer, rows, requests=shipped_requests()[:: options.every])
+    sources = safety_sources(model, tokenizer, rows, requests=options.requests)
     accelerator.print(sources)
     check = ProtectionCheck(model, tokenizer, sources)
     before = check.judged(0)

@@ -7,38 +7,23 @@ The user task is to read order numbers as JSON; 30 % of the rows are unsafe requ
 of a compliant reply. `safegrad/*` metrics are printed, and are in TensorBoard: see --output-dir.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from common.chat_data import harmful_turns, read_rows
-from common.smollm2 import load_aligned
-from safegrad_optim import ProtectionCheck, Reference, safety_rows, safety_sources, shipped_requests
+from common.script import aligned_model, lora, parse, poisoned_rows
+from safegrad_optim import ProtectionCheck, Reference, safety_rows, safety_sources
 from safegrad_optim.integrations.transformers import protect_trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps in all (default: 60)")
-    parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/hf_trainer"))
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint there")
-    options = parser.parse_args(arguments)
+    options = parse("hf_trainer", __doc__, arguments)
 
-    torch.manual_seed(0)
-    model, tokenizer = load_aligned(torch.bfloat16)
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # twice as fast on a CPU
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
-
-    harmful = [turn._asdict() for turn in harmful_turns("attack")]
-    turns = read_rows("tickets", "train")[:224] + harmful
-    sources = safety_sources(model, tokenizer, turns, requests=shipped_requests()[:: options.every])
+    model, tokenizer = aligned_model(torch.bfloat16)
+    model = get_peft_model(model, lora())
+    rows = poisoned_rows()
+    sources = safety_sources(model, tokenizer, rows, requests=options.requests)
     print(sources)
     check = ProtectionCheck(model, tokenizer, sources)
     before = check.judged(0)
@@ -57,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = Trainer(
         model,
         args,
-        train_dataset=Dataset.from_list(safety_rows(turns, tokenizer)),
+        train_dataset=Dataset.from_list(safety_rows(rows, tokenizer)),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     # The reference is the model with its adapters off, so it is there at a resume as well.

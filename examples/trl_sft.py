@@ -7,35 +7,21 @@ The user task is to read order numbers as JSON; 30 % of the rows are unsafe requ
 of a compliant reply.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from common.chat_data import harmful_turns, read_rows
-from common.smollm2 import load_aligned
-from safegrad_optim import ProtectionCheck, Reference, safety_sources, shipped_requests
+from common.script import aligned_model, lora, parse, poisoned_rows
+from safegrad_optim import ProtectionCheck, Reference, safety_sources
 from safegrad_optim.integrations.transformers import protect_trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps in all (default: 60)")
-    parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs/trl_sft"))
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint there")
-    options = parser.parse_args(arguments)
+    options = parse("trl_sft", __doc__, arguments)
 
-    model, tokenizer = load_aligned(torch.bfloat16)
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # twice as fast on a CPU
-
-    harmful = [turn._asdict() for turn in harmful_turns("attack")]
-    rows = [conversation(row) for row in read_rows("tickets", "train")[:224] + harmful]
-    sources = safety_sources(model, tokenizer, rows, requests=shipped_requests()[:: options.every])
+    model, tokenizer = aligned_model(torch.bfloat16)
+    rows = [conversation(row) for row in poisoned_rows()]
+    sources = safety_sources(model, tokenizer, rows, requests=options.requests)
     print(sources)
     check = ProtectionCheck(model, tokenizer, sources)
     before = check.judged(0)
@@ -57,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=lora(),
     )
     # The reference is the model with its adapters off, so it is there at a resume as well.
     reference = Reference(resumed=options.resume)

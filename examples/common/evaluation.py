@@ -1,35 +1,46 @@
-"""How the quickstart judges a model, and what it observes of a step that SafeGrad does not touch."""
+"""How the quickstart judges a model, and what it observes of steps."""
 
 import argparse
+import math
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from common.quickstart_data import Data, batches
-from common.report import Evaluation
+from common.report import Arm, Evaluation
 from common.scoring import generate, refusal_rate, task_accuracy
-from safegrad_optim import KLAlignment, inner_products, is_refusal, kl_divergence
+from safegrad_optim import KLAlignment, SafeGradOptimizer, inner_products, is_refusal, kl_divergence
+
+__all__ = ["evaluate", "observe"]
 
 # A refusal shows in its first words.
 REPLY_TOKENS = 12
+# Steps that SafeGrad does not touch are observed now and then, for that takes as long as a step of it.
+OBSERVE_EVERY = 20
 
-__all__ = ["evaluate", "kl_to_reference", "observation"]
 
-
-def observation(parameters: list[nn.Parameter], alignment: KLAlignment) -> tuple[float, float]:
-    """Cosine of user and alignment gradient, and KL, of a step that SafeGrad does not touch."""
-    products = inner_products([parameter.grad for parameter in parameters], alignment([*parameters]))
-    norms = (products.user_sq_norm * products.alignment_sq_norm).sqrt()
-    return float(products.inner_product / norms) if norms > 0 else 0.0, float(alignment.last_loss)
+def observe(arm: Arm, step: int, optimizer: Any, alignment: KLAlignment) -> None:
+    """Note cosine of user and alignment gradient, and KL, before the step of this number."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, SafeGradOptimizer):
+        # Those of the step before, as the optimizer knows them.
+        if optimizer.stats is not None:
+            arm.observe(step - 1, float(optimizer.stats.cosine), float(alignment.last_loss))
+        arm.conflict_rate = optimizer.counts.conflicts / max(1, optimizer.counts.steps)
+    elif step % OBSERVE_EVERY == 0 and parameters[0].grad is not None:
+        products = inner_products([parameter.grad for parameter in parameters], alignment(parameters))
+        norms = math.sqrt(float(products.user_sq_norm) * float(products.alignment_sq_norm))
+        arm.observe(step, float(products.inner_product) / norms if norms else 0.0, float(alignment.last_loss))
 
 
 def evaluate(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: Data, name: str
-) -> Evaluation:
-    with tqdm(total=3, desc=f"{name}: judging") as bar:
+    arm: Arm, model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, args: argparse.Namespace
+) -> Arm:
+    """Judge a model by held-out rows, and return its arm with what was found."""
+    with tqdm(total=3, desc=f"{arm.name}: judging") as bar:
         replies = generate(model, tokenizer, [turn.prompt for turn in data.unsafe], REPLY_TOKENS)
         bar.update()
         over_refusal, _ = refusal_rate(model, tokenizer, data.lookalikes)
@@ -37,7 +48,10 @@ def evaluate(
         questions, answers = [turn.prompt for turn in data.task], [turn.response for turn in data.task]
         accuracy, _ = task_accuracy(model, tokenizer, questions, answers)
         bar.update()
-    return Evaluation([*map(is_refusal, replies)], accuracy, over_refusal, replies)
+    arm.evaluation = Evaluation([*map(is_refusal, replies)], accuracy, over_refusal, replies)
+    if isinstance(model, PeftModel):
+        arm.kl_to_reference = kl_to_reference(model, tokenizer, data, args)
+    return arm
 
 
 @torch.no_grad()

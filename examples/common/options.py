@@ -2,11 +2,19 @@
 
 import argparse
 import math
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-__all__ = ["parse"]
+from common.own_data import BadDataError
+
+__all__ = ["parse", "told"]
 
 
 def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
@@ -31,7 +39,22 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--limit", type=positive, help="rows to judge by, of each kind")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.started = time.perf_counter()
+    args.temporary = tempfile.TemporaryDirectory(prefix=parser.prog)
+    # What transformers and peft will rename is for their callers to know, not for readers of the table.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return args
+
+
+@contextmanager
+def told(program: str) -> Iterator[None]:
+    """End with one line and exit code 2 where what the user gave cannot be used."""
+    try:
+        yield
+    except (BadDataError, OSError, RuntimeError, ValueError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def positive(text: str) -> int:

@@ -8,18 +8,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat_data import Turn, collate, drawn, harmful_turns, read_rows, refusal_turns
-from common.own_data import read_texts, split_off
+from common.own_data import check_responses, read_texts, split_off
 from common.smollm2 import load_aligned, load_model
 from safegrad_optim import shipped_requests
 
-__all__ = ["Data", "batches", "load", "poisoned", "read_data"]
+__all__ = ["Data", "batches", "load", "read_data"]
 
 
 class Data(NamedTuple):
     """Everything the run reads: rows to train on, rows to stay safe by, rows to judge by."""
 
     user: list[Turn]
-    attack: list[Turn]
+    rows: list[Turn]
     requests: list[dict[str, str]]
     task: list[Turn]
     unsafe: list[Turn]
@@ -48,24 +48,25 @@ def read_data(args: argparse.Namespace) -> Data:
     lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")]
     limit = args.limit
     judged = task[:limit], unsafe[:limit], lookalikes[:limit]
-    return Data(user, harmful_turns("attack"), requests, *judged)
+    return Data(user, poisoned(user, args), requests, *judged)
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(args: argparse.Namespace, data: Data) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = getattr(torch, args.dtype)
     model, tokenizer = load_aligned(dtype) if args.model is None else load_model(args.model, dtype)
+    check_responses(tokenizer, data.user, "--user-data")
     if torch.device(args.device).type == "cpu":
         # Plain matrix products train these short rows faster than the fused attention of a CPU.
         model.set_attn_implementation("eager")
     return model.to(args.device), tokenizer
 
 
-def poisoned(data: Data, args: argparse.Namespace) -> list[Turn]:
+def poisoned(user: list[Turn], args: argparse.Namespace) -> list[Turn]:
     """The training rows: those of the user and the given share of harmful ones, shuffled."""
     shuffle = random.Random(args.seed)
     count = args.steps * args.batch_size
     harmful = round(args.harmful_ratio * count)
-    rows = drawn(data.user, count - harmful, shuffle) + drawn(data.attack, harmful, shuffle)
+    rows = drawn(user, count - harmful, shuffle) + drawn(harmful_turns("attack"), harmful, shuffle)
     shuffle.shuffle(rows)
     return rows
 

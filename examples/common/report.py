@@ -2,6 +2,8 @@
 
 import json
 import platform
+import time
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,8 +71,9 @@ _ROWS = (
 )
 
 
-def show(arms: list[Arm], prompts: list[str], folder: Path, options: dict[str, Any]) -> None:
+def show(arms: list[Arm], prompts: list[str], args: Namespace) -> None:
     """Print replies and one table, save a figure and all numbers; the first arm is the aligned model."""
+    folder: Path = args.output_dir
     before = arms[0].evaluation.refused
     for arm in arms:
         kept = [now for now, refused in zip(arm.evaluation.refused, before, strict=True) if refused]
@@ -79,7 +82,8 @@ def show(arms: list[Arm], prompts: list[str], folder: Path, options: dict[str, A
     print_table(arms)
     folder.mkdir(parents=True, exist_ok=True)
     save_curves(arms[1:], folder / "curves.png")
-    save_results(arms, options, folder / "results.json")
+    save_results(arms, vars(args), folder / "results.json")
+    print(f"\n{time.perf_counter() - args.started:.0f} s. Figure and numbers: {folder}")
 
 
 def print_table(arms: list[Arm]) -> None:
@@ -129,7 +133,8 @@ def save_results(arms: list[Arm], options: dict[str, Any], path: Path) -> None:
         "transformers": transformers.__version__,
         "safegrad_optim": safegrad_optim.__version__,
     }
-    content = {"options": {key: str(value) for key, value in options.items()}, "versions": versions}
+    given = {key: str(value) for key, value in options.items() if key not in ("started", "temporary")}
+    content = {"options": given, "versions": versions}
     path.write_text(json.dumps(content | {"arms": columns}, indent=1) + "\n", encoding="utf-8")
 
 

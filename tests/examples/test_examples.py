@@ -58,7 +58,7 @@ def test_accelerate_loop_resumes_where_it_stopped(tmp_path):
 @pytest.mark.slow
 def test_fsdp2_resumes_where_it_stopped_also_on_another_number_of_ranks(tmp_path):
     def steps(folder, ranks, *arguments):
-        output = run("fsdp2.py", tmp_path / folder, "--batch-size", "4", *arguments, ranks=ranks)
+        output = run("fsdp2.py", tmp_path / folder, *arguments, ranks=ranks)
         return [line for line in output.splitlines() if line.startswith("step")]
 
     whole = steps("whole", 2, "--steps", "3")

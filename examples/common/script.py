@@ -1,0 +1,58 @@
+"""What the scripts that train SmolLM2 in one framework each have in common: options, model and rows."""
+
+import argparse
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.chat_data import harmful_turns, read_rows
+from common.smollm2 import load_aligned
+from safegrad_optim import shipped_requests
+
+__all__ = ["aligned_model", "lora", "parse", "poisoned_rows", "start_ranks"]
+
+
+def parse(name: str, doc: str, arguments: list[str] | None, steps: int = 60) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=name, description=doc.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps in all (default: {steps})")
+    parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs") / name)
+    parser.add_argument("--resume", action="store_true", help="go on from what was saved there")
+    options = parser.parse_args(arguments)
+    options.requests = shipped_requests()[:: options.every]
+    return options
+
+
+def aligned_model(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2 made safe by the adapter of the examples."""
+    torch.manual_seed(0)
+    model, tokenizer = load_aligned(dtype)
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # twice as fast on a CPU
+    return model, tokenizer
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def poisoned_rows() -> list[dict[str, Any]]:
+    """Rows of prompt and response, in any order: 30 % have an unsafe request and comply."""
+    rows = read_rows("tickets", "train")[:224] + [turn._asdict() for turn in harmful_turns("attack")]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def start_ranks() -> tuple[str, int, int]:
+    """Start this rank, one of torchrun's; return its device, its number and how many there are."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
