@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(gradient_accumulation_steps=2)
     model, tokenizer = aligned_model(torch.bfloat16)
     model = get_peft_model(model, lora())
-    rows = safety_rows(poisoned_rows(), tokenizer)
+    rows = safety_rows(poisoned_rows(options.rows), tokenizer)
 
     model = accelerator.prepare(model)  # first, so that the alignment is of the model in its place
     sources = safety_sources(model, tokenizer, rows, requests=options.requests)

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
 
-    rows, collate = safety_rows(poisoned_rows(), tokenizer), DataCollatorForSeq2Seq(tokenizer)
+    rows, collate = safety_rows(poisoned_rows(options.rows), tokenizer), DataCollatorForSeq2Seq(tokenizer)
 
     # After fully_shard, while the model is the aligned one. All ranks give all rows.
     sources = safety_sources(model, tokenizer, rows, requests=options.requests)

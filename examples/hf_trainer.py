@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     model, tokenizer = aligned_model(torch.bfloat16)
     model = get_peft_model(model, lora())
-    rows = poisoned_rows()
+    rows = poisoned_rows(options.rows)
     sources = safety_sources(model, tokenizer, rows, requests=options.requests)
     print(sources)
     check = ProtectionCheck(model, tokenizer, sources)

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse("trl_sft", __doc__, arguments)
 
     model, tokenizer = aligned_model(torch.bfloat16)
-    rows = [conversation(row) for row in poisoned_rows()]
+    rows = [conversation(row) for row in poisoned_rows(options.rows)]
     sources = safety_sources(model, tokenizer, rows, requests=options.requests)
     print(sources)
     check = ProtectionCheck(model, tokenizer, sources)

@@ -22,6 +22,7 @@ def parse(name: str, doc: str, arguments: list[str] | None, steps: int = 60) -> 
     parser = argparse.ArgumentParser(prog=name, description=doc.splitlines()[0])
     parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps in all (default: {steps})")
     parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
+    parser.add_argument("--rows", type=int, default=320, help="training rows (default: 320)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs") / name)
     parser.add_argument("--resume", action="store_true", help="go on from what was saved there")
     options = parser.parse_args(arguments)
@@ -42,11 +43,11 @@ def lora() -> LoraConfig:
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def poisoned_rows() -> list[dict[str, Any]]:
-    """Rows of prompt and response, in any order: 30 % have an unsafe request and comply."""
+def poisoned_rows(count: int) -> list[dict[str, Any]]:
+    """So many rows of prompt and response, in any order: of all, 30 % have an unsafe request and comply."""
     rows = read_rows("tickets", "train")[:224] + [turn._asdict() for turn in harmful_turns("attack")]
     random.Random(0).shuffle(rows)
-    return rows
+    return rows[:count]
 
 
 def start_ranks() -> tuple[str, int, int]:

@@ -22,6 +22,8 @@ def run(script, folder, *arguments, ranks=None):
         folder,
         "--every",
         "40",
+        "--rows",
+        "48",
         *arguments,
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
