@@ -49,7 +49,7 @@ def fine_tune(
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, lora)
     # Computed once: the plain arm has it for the figure alone.
-    reference = Reference(file=f"{args.temporary.name}/reference.safetensors")
+    reference = Reference(file=args.output_dir / "reference.safetensors")
     alignment = KLAlignment(model, sources, reference=reference, seed=args.seed)
     check = ProtectionCheck(model, tokenizer, sources, requests=[turn.prompt for turn in data.unsafe])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -3,7 +3,6 @@
 import argparse
 import math
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,7 +40,6 @@ def parse(description: str, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
     args = parser.parse_args(arguments)
     args.started = time.perf_counter()
-    args.temporary = tempfile.TemporaryDirectory(prefix=parser.prog)
     # What transformers and peft will rename is for their callers to know, not for readers of the table.
     warnings.filterwarnings("ignore", category=FutureWarning)
     return args

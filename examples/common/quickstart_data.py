@@ -55,6 +55,8 @@ def load(args: argparse.Namespace, data: Data) -> tuple[PreTrainedModel, PreTrai
     dtype = getattr(torch, args.dtype)
     model, tokenizer = load_aligned(dtype) if args.model is None else load_model(args.model, dtype)
     check_responses(tokenizer, data.user, "--user-data")
+    for old in args.output_dir.glob("reference*.safetensors"):
+        old.unlink()  # of a run with other rows, perhaps
     if torch.device(args.device).type == "cpu":
         # Plain matrix products train these short rows faster than the fused attention of a CPU.
         model.set_attn_implementation("eager")

@@ -133,7 +133,7 @@ def save_results(arms: list[Arm], options: dict[str, Any], path: Path) -> None:
         "transformers": transformers.__version__,
         "safegrad_optim": safegrad_optim.__version__,
     }
-    given = {key: str(value) for key, value in options.items() if key not in ("started", "temporary")}
+    given = {key: str(value) for key, value in options.items() if key != "started"}
     content = {"options": given, "versions": versions}
     path.write_text(json.dumps(content | {"arms": columns}, indent=1) + "\n", encoding="utf-8")
 

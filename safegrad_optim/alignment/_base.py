@@ -135,7 +135,7 @@ class Alignment(ABC):
             total = total + loss.detach().to(total.device)
 
     def _parts(self, source: SourceBatches, index: int, size: int | None = None) -> Iterator[Part]:
-        return source.parts(index, self._share, self._device(), size)
+        return source.parts(index, self._share, size)
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from safegrad_optim.alignment._base import Alignment
 from safegrad_optim.batches import IGNORE_INDEX, Batch, SafetyBatches, SafetySource, SourceBatches
-from safegrad_optim.forward import forward_at
+from safegrad_optim.forward import forward_at, sent
 
 
 class LossAlignment(Alignment):
@@ -54,7 +54,7 @@ class LossAlignment(Alignment):
         for part in self._parts(source, index):
             logits = forward_at(self.model, part.inputs, part.mask).logits
             # The label of the token that each kept position predicts.
-            targets = part.labels.roll(-1, dims=1)[part.mask].to(logits.device)
+            targets = sent(part.labels.roll(-1, dims=1)[part.mask], logits.device)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             total = nn.functional.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum")
             yield total * part.sections[0].weight / tokens

@@ -30,7 +30,7 @@ class Section(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows that go through the model together, on its device."""
+    """Rows that go through the model together; on the CPU, where nothing has to be waited for."""
 
     inputs: Batch  # without labels
     mask: Tensor  # the compared positions, (rows, length) bool

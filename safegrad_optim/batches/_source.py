@@ -97,7 +97,7 @@ class SourceBatches:
         """Return the number of compared tokens of a batch, on all ranks together."""
         return int(position_mask(self.batches[index], self.positions).sum())
 
-    def parts(self, index: int, share: Share, device: torch.device, size: int | None) -> Iterator[Part]:
+    def parts(self, index: int, share: Share, size: int | None) -> Iterator[Part]:
         """Yield a rank's share of a batch, `size` rows at a time, and as many parts on every rank."""
         batch = self.batches[index]
         mask = position_mask(batch, self.positions)
@@ -108,12 +108,11 @@ class SourceBatches:
         for number, rows in enumerate(own + [spare] * (len(first) - len(own))):
             counts = number < len(own)
             chosen = batch if len(rows) == len(mask) else _select(batch, rows)
-            tensors = {name: value.to(device) for name, value in chosen.items()}
-            labels = tensors.pop("labels")
+            inputs = {name: value for name, value in chosen.items() if name != "labels"}
             start = done if counts else 0
             done = start + int(mask[rows].sum())
             section = Section(self, index, slice(start, done), float(counts))
-            yield Part(tensors, mask[rows].to(device), labels, (section,))
+            yield Part(inputs, mask[rows], chosen["labels"], (section,))
 
 
 def _opening(batch: Batch, tokens: int) -> Batch:

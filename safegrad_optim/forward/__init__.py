@@ -5,8 +5,8 @@ put training flags, plain attributes, buffers and random state back.
 """
 
 from safegrad_optim.forward._one_function import require_one_function
-from safegrad_optim.forward._outputs import Outputs, forward_at, output_head, require_inputs
+from safegrad_optim.forward._outputs import Outputs, forward_at, output_head, require_inputs, sent
 from safegrad_optim.forward._unchanged import autocast, unchanged_evaluation, unchanged_training
 
-__all__ = ["Outputs", "autocast", "forward_at", "output_head", "require_inputs"]
+__all__ = ["Outputs", "autocast", "forward_at", "output_head", "require_inputs", "sent"]
 __all__ += ["require_one_function", "unchanged_evaluation", "unchanged_training"]

@@ -48,11 +48,13 @@ def output_head(model: nn.Module) -> nn.Module:
 def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor, ...] = ()) -> Outputs:
     """Run the model and return what it gives at the positions of `mask`, (rows, length) bool, only.
 
+    Inputs and mask are on the CPU: which positions are kept is then known without a wait for the device.
     `ref` are hidden states of a reference and, if its head is not the model's, weight and bias of the head:
     their logits come last, after whatever the model does to its logits behind the head.
     """
     # Virtual tokens stand before all others.
     mask = nn.functional.pad(mask, (virtual_tokens(model), 0))
+    places = mask.flatten().nonzero().squeeze(1)
     kept: list[Tensor] = []
     precision: list[str] = []
 
@@ -63,17 +65,17 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
                 f"The output head got hidden states {tuple(hidden.shape)} for a batch of "
                 f"{tuple(mask.shape)} tokens; they have to correspond one to one."
             )
-        selected = hidden[mask.to(hidden.device)]
+        selected = hidden.flatten(0, 1).index_select(0, sent(places, hidden.device))
         kept.append(selected)
         if len(ref) == 1:
-            selected = torch.cat([selected, ref[0].to(selected)])
+            selected = torch.cat([selected, sent(ref[0], selected.device).to(selected.dtype)])
         return (selected.unsqueeze(0), *args[1:])
 
     def add_reference(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         precision.append(f"hidden states {args[0].dtype}, logits {output.dtype}")
         if len(ref) < 2:
             return output
-        hidden, *weights = (tensor.to(output.device) for tensor in ref)
+        hidden, *weights = (sent(tensor, output.device) for tensor in ref)
         with torch.no_grad():
             ref_logits = nn.functional.linear(hidden.unsqueeze(0), *weights)
         return torch.cat([output, ref_logits], dim=1)
@@ -86,8 +88,10 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
         if is_compiled(model):
             # The hooks are new in each call, and would recompile it.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        device = next(model.parameters()).device
+        inputs = {name: sent(value, device) for name, value in inputs.items()}
         logits = whole(model(**_taken(model, inputs)).logits)
-    rows = sum(map(len, kept)) * (2 if ref else 1)
+    rows = len(places) * (2 if ref else 1)
     if len(kept) != 1 or logits.shape[:-1] != (1, rows):
         raise RuntimeError(
             f"Expected logits of {rows} positions from one call of the head, found {tuple(logits.shape)} "
@@ -95,6 +99,13 @@ def forward_at(model: nn.Module, inputs: Batch, mask: Tensor, ref: tuple[Tensor,
             "one that runs its head several times a pass, as X-LoRA's, wants an alignment of your own."
         )
     return Outputs(kept[0], logits.squeeze(0), precision[0])
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, where the host need not wait for what is there already."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def require_inputs(model: nn.Module, names: Iterable[str]) -> None:

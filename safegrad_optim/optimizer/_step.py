@@ -73,7 +73,7 @@ def _is_zero(rate: float | Tensor) -> bool:
 
 def is_state_probe(base: Optimizer, user_grads: Gradients) -> bool:
     """Whether torch.distributed.checkpoint is taking a null step to make the optimizer's state."""
-    if base.state or any(float(group.get("lr", 1.0)) != 0.0 for group in base.param_groups):
+    if base.state or not all(_is_zero(group.get("lr", 1.0)) for group in base.param_groups):
         return False
     present = [grad for grad in user_grads if grad is not None]
     found = any(bool(local(grad).any()) for grad in present)

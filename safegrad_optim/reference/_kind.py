@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from safegrad_optim._torch_private import has_forward_hooks
 from safegrad_optim.divergence import TopK, kl_divergence, top_k_kl_divergence, top_k_log_probs
-from safegrad_optim.forward import Outputs, output_head
+from safegrad_optim.forward import Outputs, output_head, sent
 from safegrad_optim.parallel import is_distributed_tensor, on_any_rank
 from safegrad_optim.reference._source import Reference, ReferenceSource
 
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
         if self.name == "hidden":
             logits, ref_logits = logits.chunk(2)
             entry = (ref_logits.detach(),)
-        kept = zip(*(tensor.to(logits.device).split(counts) for tensor in entry), strict=True)
+        kept = zip(*(sent(tensor, logits.device).split(counts) for tensor in entry), strict=True)
         pairs = zip(kept, logits.split(counts), strict=True)
         return [_divergence(ref, own) for ref, own in pairs]
 

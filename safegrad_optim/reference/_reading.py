@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safegrad_optim.batches import Part, SourceBatches
-from safegrad_optim.forward import forward_at, output_head
+from safegrad_optim.forward import forward_at, output_head, sent
 from safegrad_optim.parallel import Share
 from safegrad_optim.reference._cache import ReferenceCache, fingerprint
 from safegrad_optim.reference._kind import Kind, choose_kind, head_is_frozen, head_weights
@@ -28,6 +28,7 @@ class Reading(ABC):
     autocast_dtype: torch.dtype | None
     caches: Mapping[SourceBatches, ReferenceCache] = field(default_factory=dict)
     watch: Watch | None = None  # of the weights that are read at each call
+    heads: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)  # where they were needed
 
     @abstractmethod
     def entry(self, part: Part) -> tuple[tuple[Tensor, ...], str]:
@@ -36,8 +37,7 @@ class Reading(ABC):
     def divergences(self, model: nn.Module, part: Part, *, of_each_token: bool = False) -> list[Tensor]:
         """Return the sum of KL(P_ref || P_model) over the tokens of each section of a part, or at each."""
         entry, precision = self.entry(part)
-        head = next(iter(self.caches.values())).head if self.caches else ()
-        states = (entry[0], *head) if self.kind.name == "hidden" else ()
+        states = (entry[0], *self._head(model)) if self.kind.name == "hidden" else ()
         if self.watch is not None:
             self.watch.check()
         if len(states) == 1 and not head_is_frozen(model):
@@ -54,6 +54,14 @@ class Reading(ABC):
             )
         counts = [section.length for section in part.sections]
         return self.kind.divergences(entry, output.logits, [1] * sum(counts) if of_each_token else counts)
+
+    def _head(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """Weight and bias of the reference's head, if they are kept, on the device of the model's."""
+        kept = next(iter(self.caches.values())).head if self.caches else ()
+        device = next(output_head(model).parameters()).device
+        if device not in self.heads:
+            self.heads[device] = tuple(sent(tensor, device) for tensor in kept)
+        return self.heads[device]
 
 
 class LiveReference(Reading):

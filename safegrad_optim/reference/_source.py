@@ -74,9 +74,7 @@ class ReferenceSource:
     def outputs(self, part: Part, autocast_dtype: torch.dtype | None) -> Outputs:
         """Return what the reference gives at the compared positions of a part."""
         with self.open() as model, synchronized(model), unchanged_training(model, autocast_dtype):
-            device = next(model.parameters()).device
-            inputs = {name: value.to(device) for name, value in part.inputs.items()}
-            return forward_at(model, inputs, part.mask.to(device))
+            return forward_at(model, part.inputs, part.mask)
 
 
 class AdaptersOff(ReferenceSource):

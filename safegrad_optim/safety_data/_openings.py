@@ -129,17 +129,16 @@ def _of_last_positions(
     passes = range(share.rank, -(-len(batches) // share.size) * share.size, share.size)
     found: dict[int, list[Tensor]] = {}
     with source.open() as model, synchronized(model), unchanged_evaluation(model):
-        device = next(model.parameters()).device
         for number in shown(passes, progress):
             chosen = min(number, len(batches) - 1)
             texts = [torch.tensor(rows[index]) for index in batches[chosen]]
             lengths = torch.tensor([len(text) for text in texts])[:, None]
             ids = pad_sequence(texts, batch_first=True)
             places = torch.arange(ids.shape[1])
-            inputs = {"input_ids": ids.to(device), "attention_mask": (places < lengths).long().to(device)}
+            inputs = {"input_ids": ids, "attention_mask": (places < lengths).long()}
             asked = torch.tensor([positions[index] for index in batches[chosen]])[:, None]
             mask = (places < lengths) & (places >= lengths - asked)
-            values = of_output(forward_at(model, inputs, mask.to(device)), batches[chosen])
+            values = of_output(forward_at(model, inputs, mask), batches[chosen])
             if not values[0].isfinite().all():
                 raise ValueError(
                     f"The model gives probabilities that are not finite behind {len(texts)} prompts of up to "
