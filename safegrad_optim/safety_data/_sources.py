@@ -38,7 +38,7 @@ class _Shape(NamedTuple):
 _SHAPES = {
     "requests": _Shape(2, 5, 2.5),
     "lookalikes": _Shape(2, 2, 1.0),
-    "training prompts": _Shape(4, 5, 2.5),
+    "training prompts": _Shape(2, 5, 2.5),
 }
 
 
@@ -134,7 +134,7 @@ def safety_sources(
             str(found),
         ]
         lines += [f"{len(kept_out)} of them are in no safety row, for ProtectionCheck."] * bool(kept_out)
-    shapes = _SHAPES | {"prefixed requests": _Shape(4, 5, prefix_weight)}
+    shapes = _SHAPES | {"prefixed requests": _Shape(2, 5, prefix_weight)}
     by_name = {
         name: _source(model, tokenizer, prompts, shapes[name], len(opening.before), batch_size)
         for name, prompts in kept.items()
