@@ -41,6 +41,8 @@ class Cell:
     """Times the recommended weight of the source of refused training prompts."""
     prefix_weight: float = 5.0
     """Of the source of prefixed requests."""
+    rows: int = 2
+    """Rows a step of each of these two sources."""
     refresh_every: int = 1
     steps: int = 120
     lr: float = 5e-4
@@ -106,9 +108,11 @@ def other_way() -> Iterator[Cell]:
 
 
 def cheaper() -> Iterator[Cell]:
-    """An alignment gradient that serves several steps, in the hardest cells."""
-    for every, (task, ratio) in product((2, 4), (("sst2", 0.9), ("agnews", 0.3))):
-        yield Cell(task=task, ratio=ratio, refresh_every=every)
+    """More rows a step, and an alignment gradient that serves several steps, in the hardest cells."""
+    for task, ratio in (("sst2", 0.9), ("agnews", 0.3)):
+        yield Cell(task=task, ratio=ratio, rows=4)
+        for every in (2, 4):
+            yield Cell(task=task, ratio=ratio, refresh_every=every)
 
 
 def smoke() -> Iterator[Cell]:

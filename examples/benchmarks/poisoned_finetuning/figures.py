@@ -50,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
         rows = of_plan(frame, plan)
         if len(rows):
             sections.append(f"## {plan}\n\n{markdown(rows, shown)}\n")
+    planned = {_plain(cell) for plan in SHOWN for cell in PLANS[plan]()}
+    others = frame[[_plain(cell) not in planned for cell in frame["cell"]]]
+    if len(others):
+        sections.append(f"## in no plan\n\n{markdown(others, ('attack', 'task', 'ratio', 'arm'))}\n")
     (args.output_dir / "tables.md").write_text("\n".join(sections), encoding="utf-8")
     pd.json_normalize(lines, sep="_").to_csv(args.output_dir / "tables.csv", index=False)
     save(frame, args.output_dir / "steps.png", "steps", lambda row: row["step"])

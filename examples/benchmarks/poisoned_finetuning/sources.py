@@ -80,9 +80,9 @@ def safety_rows_of(
         refused = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
         kept = [turn for turn in rows if turn.prompt not in refused]
         return SafetyRows(drawn(kept, len(rows), random.Random(cell.seed)), made=made)
-    factors = {"training prompts": cell.training_weight}
-    sources = [
-        replace(source, weight=source.weight * factors.get(name, 1.0))
-        for name, source in made.by_name.items()
-    ]
-    return SafetyRows(rows, sources, made.refused_prompts, made)
+    by_name = dict(made.by_name)
+    for name, factor in (("training prompts", cell.training_weight), ("prefixed requests", 1.0)):
+        if name in by_name:
+            source = by_name[name]
+            by_name[name] = replace(source, weight=source.weight * factor, batch_size=cell.rows)
+    return SafetyRows(rows, [*by_name.values()], made.refused_prompts, made)
