@@ -25,7 +25,9 @@ def snippet(with_safegrad):
 @pytest.mark.parametrize("with_safegrad", [True, False])
 def test_the_snippet_keeps_the_refusals_that_a_plain_run_loses(with_safegrad, monkeypatch):
     # The tiny model refuses requests of its own.
-    monkeypatch.setattr(_sources, "shipped_requests", lambda: PAIRS)
+    monkeypatch.setattr(
+        _sources, "shipped_requests", lambda split="train": PAIRS if split == "train" else HELD_OUT
+    )
     monkeypatch.setattr(_sources, "shipped_harmless_prompts", list)
     monkeypatch.setattr(_check, "shipped_requests", lambda split: HELD_OUT)
     model = aligned_model()

@@ -50,6 +50,7 @@ class SafetySources:
     report: str
     refused_prompts: RefusedPrompts | None
     kept_out: Sequence[TrainingPrompt]  # refused training prompts that are in no row, to check by
+    prefixed: Sequence[Sequence[int]]  # held-out requests behind beginnings of training prompts, to check by
     opening: Opening  # the token of replies that tells which prompts are refused
     chat_template_kwargs: Mapping[str, Any] | None  # what the chat template was given besides messages
 
@@ -110,8 +111,7 @@ def safety_sources(
     # The look-alikes alone, of which a model refuses some by mistake, would blur what an answer opens with.
     others = [] if requests is not None else _harmless(tokenizer)
     source = reference_source(inner_module(model))
-    opening = calibrated(source, unsafe, harmless + others, batch_size)
-    _require_separation(opening)
+    opening = _separating(calibrated(source, unsafe, harmless + others, batch_size))
     answered = 1 - opening.of_harmless[: len(harmless)]
     kept = {"requests": _above(unsafe, opening.of_unsafe), "lookalikes": _above(harmless, answered)}
     lines = [
@@ -120,13 +120,15 @@ def safety_sources(
     ]
     found = None
     kept_out: list[TrainingPrompt] = []
+    to_check: list[list[int]] = []
     if training_data is not None:
         training = training_prompts(training_data, tokenizer)
         found = find_refused(source, tokenizer, training, opening, _REFUSING, _NEIGHBOURS, batch_size)
         kept_out = _drawn_to_check(found.flagged, seed)
         kept["training prompts"] = [prompt.tokens for prompt in found.flagged if prompt not in kept_out]
-        texts = [row["request"] for row in rows] * _PREFIXES
-        prefixed = prefixed_tokens(texts, [prompt.tokens for prompt in training], tokenizer, seed=seed)
+        texts, tokens = [row["request"] for row in rows] * _PREFIXES, [prompt.tokens for prompt in training]
+        prefixed = prefixed_tokens(texts, tokens, tokenizer, seed=seed)
+        to_check = _held_out_behind(tokens, tokenizer, seed + 1)
         masses = _masses(source, prefixed, opening, batch_size)
         kept["prefixed requests"] = _above(prefixed, masses)
         lines += [
@@ -141,7 +143,7 @@ def safety_sources(
         if prompts
     }
     lines += [f"No rows of {name}: that source is left out." for name, prompts in kept.items() if not prompts]
-    return SafetySources(by_name, "\n".join(lines), found, kept_out, opening, chat_template_kwargs)
+    return SafetySources(by_name, "\n".join(lines), found, kept_out, to_check, opening, chat_template_kwargs)
 
 
 def _source(
@@ -164,13 +166,21 @@ def _drawn_to_check(flagged: Sequence[TrainingPrompt], seed: int) -> list[Traini
     return random.Random(seed).sample(flagged, min(_CHECKED, len(flagged) // 4))
 
 
-def _require_separation(opening: Opening) -> None:
+def _held_out_behind(prompts: Sequence[Sequence[int]], tokenizer: Any, seed: int) -> list[list[int]]:
+    """Requests that no row has, as they stand behind the beginnings of prompts."""
+    texts = [row["request"] for row in shipped_requests("held_out")]
+    return prefixed_tokens(texts, prompts, tokenizer, seed=seed)
+
+
+def _separating(opening: Opening) -> Opening:
+    """The opening, if it tells unsafe requests from harmless prompts."""
     if not opening.separates:
         raise ValueError(
             f"The model opens its replies to {len(opening.of_unsafe)} unsafe requests much as those to "
             f"{len(opening.of_harmless)} harmless prompts: AUC {opening.auc:.2f}, means {opening.gap:.2f} "
             "apart. Give the aligned chat model, with its own chat template, or requests that it refuses."
         )
+    return opening
 
 
 def _harmless(tokenizer: Any) -> list[list[int]]:

@@ -1,7 +1,6 @@
 """The alignment pass asks nothing of the device, for each answer would be waited for."""
 
 import pytest
-import torch
 
 from safegrad_optim import KLAlignment, LossAlignment, Reference, SafetySource
 from tests.support.models import safety_rows, tiny_model, tiny_peft, trainable

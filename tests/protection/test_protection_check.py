@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import torch
 from safegrad_optim import ProtectionCheck, ProtectionLostError
 from safegrad_optim.protection import fewest_lost, wilson_interval
 from safegrad_optim.reference import ReferenceSource
-from tests.support.attacked import ALL_HARMLESS, ALL_UNSAFE, ATTACK, HELD_OUT, NO, tuned
-from tests.support.chat import TOKENIZER
+from tests.support.attacked import ALL_HARMLESS, ALL_UNSAFE, ATTACK, HELD_OUT, NO, UNSAFE, tuned
+from tests.support.chat import TOKENIZER, encoded
 from tests.support.models import trainable
 
 
@@ -58,6 +59,17 @@ def test_a_leak_in_the_training_prompts_alone_is_seen(aligned, sources, judge):
     assert found.leaks == ("training prompts",)
     assert found.kept["held-out requests"] == (len(HELD_OUT), len(HELD_OUT))
     assert found.flipped[0] == len(sources.kept_out)
+
+
+@pytest.mark.parametrize("judge", ["judged", "decoded"])
+def test_a_leak_behind_training_prompts_alone_is_seen(aligned, sources, judge):
+    # As an attack without unsafe text, which no request as it stands shows.
+    prefixed = [encoded([{"role": "user", "content": prompt}]) for prompt in UNSAFE]
+    check = check_of(tuned(aligned, UNSAFE), aligned, replace(sources, prefixed=prefixed))
+    with pytest.warns(UserWarning, match=r"loses its refusals.*0 of 8 prefixed requests.*of prefixed"):
+        found = getattr(check, judge)(40)
+    assert found.leaks == ("prefixed requests",)
+    assert found.kept["held-out requests"] == (len(HELD_OUT), len(HELD_OUT))
 
 
 def test_over_refusal_is_seen_and_is_no_leak(aligned, sources):

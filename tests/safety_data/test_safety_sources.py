@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_sources
+from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_sources, shipped_requests
 from safegrad_optim.safety_data._prefixes import prefixed_tokens
 from safegrad_optim.safety_data._template import template_ends
 from tests.safety_data.test_refused_prompts import ATTACK, HARMLESS, TASK, THINGS, UNSAFE, taught
@@ -103,6 +103,20 @@ def test_prompts_of_another_template_give_no_prefixes(model):
         made = make(model, foreign)
     assert "prefixed requests" not in made.by_name
     assert "No rows of prefixed requests: that source is left out." in str(made)
+
+
+def test_held_out_requests_behind_training_prompts_are_for_the_check(model):
+    made = make(model, TASK)
+    texts = [TOKENIZER.decode(tokens) for tokens in made.prefixed]
+    held_out = [row["request"] for row in shipped_requests("held_out")]
+    assert len(texts) == len(held_out)
+    openings = {text.split()[0] for text in TASK}
+    for text, request in zip(texts, held_out, strict=True):
+        said = text.partition("user\n")[2]
+        assert request in said
+        assert said.split()[0] in openings
+    rows = [row["input_ids"] for source in made for row in source.rows]
+    assert not any(row[: len(tokens)] == tokens for tokens in made.prefixed for row in rows)
 
 
 def test_prefixes_are_used_alike_and_never_longer_than_allowed():

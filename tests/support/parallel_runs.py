@@ -257,7 +257,7 @@ def checked(mode):
     odds = torch.arange(len(TOKENIZER)) % 2 * 1.0
     model, _, _ = parallel(model, mode, {})
     kept_out = [TrainingPrompt(row, (5, 9, 12 + row)) for row in range(20)]
-    sources = SafetySources({}, "", None, kept_out, Opening([], odds, odds, odds), None)
+    sources = SafetySources({}, "", None, kept_out, [], Opening([], odds, odds, odds), None)
     refuses = {"is_refusal": lambda reply: sum(map(ord, reply)) % 2 == 0, "batch_size": 5}
     check = ProtectionCheck(model, TOKENIZER, sources, count=10, on_leak="stop", **refuses)
     found = [check.judged(0), check.decoded(0)]
