@@ -14,6 +14,7 @@ from safegrad_optim.parallel import device_type, is_distributed_tensor
 
 # What every module has, but for its submodules, which some models replace.
 _NOT_PLAIN = {*vars(nn.Module())} - {"_modules"}
+_CONTAINERS = {list, dict, set}
 
 
 @contextmanager
@@ -119,9 +120,6 @@ class _Attributes:
             if not _same(value, contents):
                 value.clear()
                 value.extend(contents) if isinstance(value, list) else value.update(contents)
-
-
-_CONTAINERS = {list, dict, set}
 
 
 def _same(one: Any, other: Any) -> bool:

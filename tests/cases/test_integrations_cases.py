@@ -7,7 +7,7 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from safegrad_optim import KLAlignment, SafeGradOptimizer
-from safegrad_optim.integrations.transformers import SafeGradCallback, protect_trainer
+from safegrad_optim.integrations.transformers import SafeGradCallback, protect_trainer, safegrad_optimizer
 from tests.cases.support import refused, right_or_refused
 from tests.support.models import padded, safety_rows, tiny_model, tiny_peft
 
@@ -96,6 +96,33 @@ def test_optimizer_and_groups_are_those_of_the_trainer_that_trains(tmp_path, tra
         return type(base), groups
 
     assert created(protected=True) == created(protected=False)
+
+
+def test_an_optimizer_that_the_trainer_was_given_is_wrapped(tmp_path):
+    """protect_trainer takes whatever the Trainer steps with."""
+    model = tiny_model(dtype=torch.float32)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = transformers.Trainer(
+        model,
+        arguments(tmp_path, max_steps=3, save_strategy="no"),
+        train_dataset=safety_rows(6, seed=5),
+        data_collator=padded,
+        optimizers=(base, None),
+    )
+    protect_trainer(trainer, safety_rows())
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert optimizer.base_optimizer is base
+    assert (optimizer.counts.steps, optimizer.counts.unprotected) == (3, 0)
+
+
+def test_a_trainer_that_is_protected_already_is_told(tmp_path):
+    """A factory of the other way in would be wrapped a second time."""
+    args = arguments(tmp_path)
+    chosen = safegrad_optimizer(args, safety_rows())
+    trainer = transformers.Trainer(tiny_model(), args, optimizer_cls_and_kwargs=chosen)
+    with pytest.raises(TypeError, match="safegrad_optimizer"):
+        protect_trainer(trainer, safety_rows())
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
