@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from safegrad_optim.batches import Batch
 from safegrad_optim.divergence import kl_divergence
 from safegrad_optim.forward._outputs import forward_at
-from safegrad_optim.forward._unchanged import autocast, unchanged_evaluation, unchanged_training
+from safegrad_optim.forward._unchanged import unchanged_evaluation, unchanged_training
 from safegrad_optim.parallel import on_any_rank
 
 # In nats a token. Two passes of one function have the same bits, but where a kernel adds in any order.
@@ -41,7 +41,7 @@ def require_one_function(
             return forward_at(model, inputs, mask).logits
 
     def evaluated(seed: int) -> Tensor:
-        with unchanged_evaluation(model), autocast(model, autocast_dtype):
+        with unchanged_evaluation(model, autocast_dtype):
             torch.manual_seed(seed)
             return forward_at(model, inputs, mask).logits
 

@@ -18,10 +18,10 @@ _CONTAINERS = {list, dict, set}
 
 
 @contextmanager
-def unchanged_evaluation(model: nn.Module) -> Iterator[None]:
-    """Run the model as in eval mode, for replies, and leave it as it was."""
+def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Run the model as in eval mode, for replies, and leave it as it was; autocast as in training."""
     modules = [*model.modules()]
-    with _unchanged(model, modules):
+    with _unchanged(model, modules), autocast(model, autocast_dtype):
         # Not eval(), in which some merge their adapters or pack their weights.
         _set_modes(modules, repeat(False))
         yield

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from safegrad_optim import KLAlignment, is_refusal, safety_rows
+from safegrad_optim.reference import ReferenceSource
+from safegrad_optim.safety_data import openings
 from tests.support.chat import (
     BRIEF,
     CHATML,
@@ -20,6 +22,7 @@ from tests.support.chat import (
     REQUEST,
     TOKENIZER,
     chat_model,
+    encoded,
     learn,
     tokenizer,
 )
@@ -290,6 +293,14 @@ def test_replies_are_greedy_whatever_the_generation_config_says(aligned, options
     config.update(**options)
     assert only([REQUEST], model=aligned) == expected
     assert aligned.generation_config is config
+
+
+def test_how_replies_open_is_the_same_under_a_surrounding_autocast(aligned):
+    prompts = [encoded([{"role": "user", "content": text}]) for text in (REQUEST, LONGER["prompt"])]
+    expected, _ = openings(ReferenceSource(aligned), prompts, [], 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = openings(ReferenceSource(aligned), prompts, [], 2)
+    assert torch.equal(found, expected)
 
 
 def test_a_reply_ends_at_any_end_token_of_the_model(aligned):
