@@ -12,7 +12,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from tqdm import tqdm
 
 from common.chat_data import response_loss
@@ -21,6 +21,7 @@ from common.meter import Meter
 from common.options import parse, told
 from common.quickstart_data import Data, batches, load, read_data
 from common.report import Arm, show
+from common.script import lora
 from safegrad_optim import KLAlignment, ProtectionCheck, Reference, SafeGradOptimizer, safety_sources
 
 
@@ -46,8 +47,7 @@ def fine_tune(
 ) -> tuple[Any, Arm]:
     """Train fresh adapters on the poisoned rows; return the model, and what the steps were like."""
     torch.manual_seed(args.seed)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base, lora)
+    model: Any = get_peft_model(base, lora())
     # Computed once: the plain arm has it for the figure alone.
     reference = Reference(file=args.output_dir / "reference.safetensors")
     alignment = KLAlignment(model, sources, reference=reference, seed=args.seed)

@@ -11,9 +11,9 @@ def adapter_parameters(model: nn.Module) -> set[Tensor]:
     Virtual tokens are held by a `prompt_encoder`, adaption prompts by the attention that they are in.
     """
     found: set[Tensor] = set()
+    prompts = ("prompt_encoder", "adaption_prompt", "adaption_gate")
     for module in model.modules():
-        others = ("prompt_encoder", "adaption_prompt", "adaption_gate")
-        for name in (*getattr(module, "adapter_layer_names", ()), *others):
+        for name in (*getattr(module, "adapter_layer_names", ()), *prompts):
             part = getattr(module, name, None)
             if isinstance(part, nn.Module):
                 found.update(part.parameters())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safegrad_optim.batches._checks import check_batch
-from safegrad_optim.batches._positions import IGNORE_INDEX, Batch, Positions, is_packed
+from safegrad_optim.batches._positions import IGNORE_INDEX, Batch, Positions, with_mask
 
 SafetyBatches = Iterable[Mapping[str, Any]] | Mapping[str, Any]
 
@@ -93,8 +93,7 @@ def _pad_together(rows: list[Batch]) -> Batch:
                     f"'{name}' of a safety row has shape {tuple(row[name].shape)}, and its input_ids "
                     f"{tuple(row['input_ids'].shape)}. Give an entry for each token, or remove the column."
                 )
-    if not any(map(is_packed, rows)):
-        rows = [{"attention_mask": torch.ones_like(row["input_ids"]), **row} for row in rows]
+    rows = [with_mask(row) for row in rows]
     if any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"Safety rows have different fields: {[sorted(row) for row in rows]}.")
     batch = {}

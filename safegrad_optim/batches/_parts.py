@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from safegrad_optim.batches._positions import IGNORE_INDEX, Batch, is_packed
+from safegrad_optim.batches._positions import IGNORE_INDEX, Batch, with_mask
 
 if TYPE_CHECKING:
     from safegrad_optim.batches._source import SourceBatches
@@ -67,7 +67,7 @@ def _shape(part: Part) -> tuple[int, int]:
 
 def _can_join(part: Part, other: Part) -> bool:
     """Whether all fields of both have one entry for each token, and have the same names."""
-    names = [_with_mask(fields.inputs).keys() for fields in (part, other)]
+    names = [with_mask(fields.inputs).keys() for fields in (part, other)]
     return names[0] == names[1] and all(
         value.shape == each.labels.shape for each in (part, other) for value in each.inputs.values()
     )
@@ -82,15 +82,10 @@ def _joined(parts: Sequence[Part]) -> Part:
         pad = torch.nn.functional.pad
         return torch.cat([pad(tensor, (0, width - tensor.shape[1]), value=padding) for tensor in tensors])
 
-    inputs = [_with_mask(part.inputs) for part in parts]
+    inputs = [with_mask(part.inputs) for part in parts]
     return Part(
         {name: rows((fields[name] for fields in inputs), 0) for name in inputs[0]},
         rows((part.mask for part in parts), 0),
         rows((part.labels for part in parts), IGNORE_INDEX),
         tuple(section for part in parts for section in part.sections),
     )
-
-
-def _with_mask(inputs: Batch) -> Batch:
-    mask = {} if is_packed(inputs) else {"attention_mask": torch.ones_like(inputs["input_ids"])}
-    return mask | inputs

@@ -33,6 +33,12 @@ def is_packed(batch: Batch) -> bool:
     return "position_ids" in batch and "attention_mask" not in batch
 
 
+def with_mask(fields: Batch) -> Batch:
+    """The fields of rows with an attention mask, of ones if they have none, unless it would join texts."""
+    mask = {} if is_packed(fields) else {"attention_mask": torch.ones_like(fields["input_ids"])}
+    return mask | fields
+
+
 def starts_again(position_ids: Tensor) -> Tensor:
     """Return the positions that are not behind the one before, as bool; never the first of a row."""
     behind = position_ids[..., 1:] > position_ids[..., :-1]

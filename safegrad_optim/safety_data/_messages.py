@@ -27,7 +27,7 @@ def messages_of(name: str, row: Any) -> list[Message]:
                 f"{name}: '{field}' is no text or list of messages. A message is a mapping with a 'role' and "
                 f"a 'content', a text or a list of parts of type 'text'; found {str(value)[:80]!r}."
             )
-        messages += ({**message, "content": text_of(message)} for message in value)
+        messages += ({**message, "content": _text_of(message)} for message in value)
     role = messages[-1]["role"] if messages else None
     expected = ("assistant",) if len(fields) == 2 else ("user", "assistant")
     if role not in expected or (role == "assistant" and len(messages) == 1):
@@ -41,7 +41,7 @@ def messages_of(name: str, row: Any) -> list[Message]:
     return messages
 
 
-def text_of(message: Message) -> str:
+def _text_of(message: Message) -> str:
     """The text of a message, whose content is one or consists of parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)

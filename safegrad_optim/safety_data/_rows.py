@@ -18,6 +18,7 @@ from safegrad_optim.safety_data._template import (
     chat_tokenizer,
     chat_tokens,
     opens_thought,
+    shared_length,
 )
 
 SafetyData = Iterable[Mapping[str, Any] | str] | str | PathLike[str]
@@ -128,7 +129,7 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
     if not replied:
         return prompt, None
     tokens = chat_tokens(name, tokenizer, messages, False)
-    start = _shared(prompt, tokens)
+    start = shared_length(prompt, tokens)
     if start < len(prompt) and opens_thought(tokenizer, prompt):
         bare = chat_tokens(name, tokenizer, messages[:-1], False)
         prompt = prompt[: max(start, len(bare))]
@@ -140,12 +141,6 @@ def _tokens(name: str, row: Any, tokenizer: Any, max_length: int) -> tuple[list[
             "use a chat template that writes a prompt alike with and without a reply."
         )
     return prompt, _through_end_of_turn(tokens[len(prompt) :], tokenizer)
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """How many tokens both start with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _through_end_of_turn(response: list[int], tokenizer: Any) -> list[int]:

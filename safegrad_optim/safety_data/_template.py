@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safegrad_optim.safety_data._messages import Message, in_parts, messages_of, text_of
+from safegrad_optim.safety_data._messages import Message, in_parts, messages_of
 
 
 class _ChatTokenizer:
@@ -69,29 +69,29 @@ def chat_tokens(name: str, tokenizer: Any, messages: Sequence[Message], reply_fo
     Raises:
         ValueError: the template drops the text of the last message.
     """
-    text, given = _rendered(name, tokenizer, messages, reply_follows), messages
-    if not _holds(text, messages[-1]):
-        given = [in_parts(message) for message in messages]
-        text = _of_parts(name, tokenizer, given, reply_follows, text)
+    given = _understood(name, tokenizer, messages, reply_follows)
     # Not those of the text: some tokenizers read control tokens that a text spells as text.
     options = {"tokenize": True, "return_dict": False, "add_generation_prompt": reply_follows}
     return list(tokenizer.apply_chat_template(list(given), **options))
 
 
-def _of_parts(
-    name: str, tokenizer: Any, messages: Sequence[Message], reply_follows: bool, without: str
-) -> str:
-    """Render messages that consist of parts, where the template has dropped their texts."""
-    cause = None
+def _understood(
+    name: str, tokenizer: Any, messages: Sequence[Message], reply_follows: bool
+) -> Sequence[Message]:
+    """The messages as the template writes the text of the last one: as they are, or made of parts."""
+    said, cause = messages[-1]["content"].strip(), None
+    text = _rendered(name, tokenizer, messages, reply_follows)
+    if said in text:
+        return messages
+    parts = [in_parts(message) for message in messages]
     try:
-        text = _rendered(name, tokenizer, messages, reply_follows)
-        if _holds(text, {"content": text_of(messages[-1])}):
-            return text
+        if said in _rendered(name, tokenizer, parts, reply_follows):
+            return parts
     except Exception as error:  # noqa: BLE001 - a template that wants texts raises what it likes
         cause = error
     raise ValueError(
         f"{name}: the chat template drops the text of its last message, of role {messages[-1]['role']!r}. It "
-        f"wrote {without[-80:]!r}. Give roles, and template arguments (chat_template_kwargs), that it knows."
+        f"wrote {text[-80:]!r}. Give roles, and template arguments (chat_template_kwargs), that it knows."
     ) from cause
 
 
@@ -107,10 +107,6 @@ def _rendered(name: str, tokenizer: Any, messages: Sequence[Message], reply_foll
     return text
 
 
-def _holds(text: str, message: Message) -> bool:
-    return message["content"].strip() in text
-
-
 def opens_thought(tokenizer: Any, prompt: Sequence[int]) -> bool:
     """Whether the template opens a thought for the reply, which replies that are given need not have."""
     return str(tokenizer.decode(prompt[-16:])).rstrip().endswith("<think>")
@@ -121,5 +117,11 @@ def template_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     one, other = (
         chat_tokens("A letter", tokenizer, [{"role": "user", "content": letter}], True) for letter in "ab"
     )
-    place = next(index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    place = shared_length(one, other)
     return one[:place], one[place + 1 :]
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both start with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

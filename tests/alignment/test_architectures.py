@@ -10,6 +10,7 @@ from torch import nn
 from safegrad_optim import KLAlignment
 from tests.support.architectures import LEFT_OUT, architectures, small_model
 from tests.support.models import padded, perturb, safety_rows, trainable
+from tests.support.oracle import alignment_gradient
 
 ARCHITECTURES = architectures()
 _OF_MODULES = {*vars(nn.Module())}
@@ -50,22 +51,6 @@ def assert_same_trace(found, expected):
     assert torch.equal(found["random"], expected["random"])
 
 
-def plain_gradient(reference, model, batch):
-    """Eq. 6 by autograd alone, of copies in eval mode."""
-    batch = dict(batch)
-    labels = batch.pop("labels")
-    mask = labels[:, 1:] != -100
-
-    def log_probs(model):
-        logits = model.eval()(**batch, use_cache=False).logits[:, :-1][mask]
-        return logits.double().log_softmax(-1)
-
-    with torch.no_grad():
-        ref = log_probs(reference)
-    loss = (ref.exp() * (ref - log_probs(model))).sum(-1).mean()
-    return loss.detach(), torch.autograd.grad(loss, trainable(model), allow_unused=True)
-
-
 def test_those_left_out_are_there():
     if transformers.__version__.startswith("5.24."):
         assert LEFT_OUT.keys() <= ARCHITECTURES.keys()
@@ -92,7 +77,7 @@ def test_the_alignment_pass_is_exact_and_leaves_no_trace(name):
     before = trace(model)
     found = alignment(trainable(model))
     assert_same_trace(trace(model), before)
-    loss, expected = plain_gradient(aligned, copy.deepcopy(model), batch)
+    loss, expected = alignment_gradient(aligned.eval(), copy.deepcopy(model).eval(), [batch])
     torch.testing.assert_close(alignment.last_loss.double(), loss, rtol=1e-4, atol=1e-6)
     scale = max(float(grad.abs().max()) for grad in expected if grad is not None)
     for left, right, parameter in zip(found, expected, trainable(model), strict=True):

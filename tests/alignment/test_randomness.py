@@ -7,8 +7,8 @@ import torch
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from safegrad_optim import KLAlignment
-from tests.alignment.test_architectures import plain_gradient
 from tests.support.models import padded, perturb, safety_rows, tiny_model, tiny_peft, trainable
+from tests.support.oracle import alignment_gradient
 
 
 class Normalised(torch.nn.Module):
@@ -113,7 +113,7 @@ def test_the_gradient_is_that_without_randomness(kind):
     perturb(model, 0.1)
     twin = copy.deepcopy(model)
     found = alignment(trainable(model))
-    loss, expected = plain_gradient(aligned, twin, batch)
+    loss, expected = alignment_gradient(aligned.eval(), twin.eval(), [batch])
     torch.testing.assert_close(alignment.last_loss, loss)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right)

@@ -25,6 +25,16 @@ def arguments(folder, **options):
     return transformers.TrainingArguments(str(folder), **defaults | options)
 
 
+def trainer_with(optimizer, model, folder, steps):
+    return transformers.Trainer(
+        model,
+        arguments(folder, max_steps=steps, save_strategy="no"),
+        train_dataset=safety_rows(6, seed=5),
+        data_collator=padded,
+        optimizers=(optimizer, None),
+    )
+
+
 def test_a_base_that_accelerate_has_prepared():
     """Surgery happens once a step and not once a micro-batch, or such a base is refused."""
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=4, cpu=True)
@@ -49,13 +59,7 @@ def test_an_optimizer_over_other_parameters_than_the_trainers_model(tmp_path):
     optimizer = SafeGradOptimizer(base, KLAlignment(model, safety_rows()))
     # Freezes the parameters above.
     with_adapters = tiny_peft(torch.float32, model=model)
-    trainer = transformers.Trainer(
-        with_adapters,
-        arguments(tmp_path, max_steps=2, save_strategy="no"),
-        train_dataset=safety_rows(4, seed=5),
-        data_collator=padded,
-        optimizers=(optimizer, None),
-    )
+    trainer = trainer_with(optimizer, with_adapters, tmp_path, 2)
     SafeGradCallback().add_to(trainer)
     with refused():
         trainer.train()
@@ -102,13 +106,7 @@ def test_an_optimizer_that_the_trainer_was_given_is_wrapped(tmp_path):
     """protect_trainer takes whatever the Trainer steps with."""
     model = tiny_model(dtype=torch.float32)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = transformers.Trainer(
-        model,
-        arguments(tmp_path, max_steps=3, save_strategy="no"),
-        train_dataset=safety_rows(6, seed=5),
-        data_collator=padded,
-        optimizers=(base, None),
-    )
+    trainer = trainer_with(base, model, tmp_path, 3)
     protect_trainer(trainer, safety_rows())
     trainer.train()
     optimizer = trainer.optimizer.optimizer

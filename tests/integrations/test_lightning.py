@@ -14,6 +14,22 @@ pytestmark = [
 ]
 
 
+def fitted(module, folder, rows, fit_options=None, **options):
+    """Train a module in Lightning, quietly, two rows at a time; return the trainer."""
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=padded)
+    trainer.fit(module.train(), loader, **(fit_options or {}))
+    return trainer
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_lightning(precision, accumulation, tmp_path):
@@ -45,21 +61,8 @@ def test_lightning(precision, accumulation, tmp_path):
         lightning.seed_everything(0, verbose=False)
         rates.clear()
         module = Module(safe)
-        module.train()
-        trainer = lightning.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            precision=precision,
-            accumulate_grad_batches=accumulation,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        rows = safety_rows(8 * accumulation, seed=5)
-        loader = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=padded)
-        trainer.fit(module, loader)
+        options = {"max_epochs": 1, "precision": precision, "accumulate_grad_batches": accumulation}
+        fitted(module, tmp_path, safety_rows(8 * accumulation, seed=5), **options)
         return module
 
     safe = fit(safe=True)
@@ -101,19 +104,8 @@ def test_a_run_goes_on_from_a_checkpoint(make, tmp_path):
 
     def fit(epochs, resumed=False, **options):
         lightning.seed_everything(0, verbose=False)
-        module = Module(resumed).train()
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        rows = safety_rows(6, seed=5)
-        loader = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=padded)
-        trainer.fit(module, loader, **options)
+        module = Module(resumed)
+        trainer = fitted(module, tmp_path, safety_rows(6, seed=5), options, max_epochs=epochs)
         return trainer, module
 
     _, whole = fit(2)

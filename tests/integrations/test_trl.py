@@ -45,10 +45,10 @@ def conversations(pairs):
     ]
 
 
-def arguments(folder, **options):
-    return trl.SFTConfig(
+def arguments(folder, config=trl.SFTConfig, max_steps=4, **options):
+    return config(
         output_dir=str(folder),
-        max_steps=4,
+        max_steps=max_steps,
         per_device_train_batch_size=2,
         learning_rate=0.01,
         max_grad_norm=0,

@@ -1,6 +1,8 @@
-"""The method in naive float64: concatenate everything, then the paper's Eq. 3 to 5."""
+"""The method, naively: Eq. 6 from full logits; and in float64 Eq. 3 to 5 of everything concatenated."""
 
 import torch
+
+from tests.support.models import trainable
 
 
 def widen(tensor):
@@ -40,3 +42,21 @@ def surgery(user_grads, alignment_grads, rho=1.0):
         "conflict": inner < 0,
         "final_norm": float(concatenate([gradient for gradient in final if gradient is not None]).norm()),
     }
+
+
+def alignment_gradient(ref_model, model, batches, positions="response"):
+    """Eq. 6 over padded batches and its gradient, from full logits, by autograd alone."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        compared = batch["labels"] != -100 if positions == "response" else batch["attention_mask"].bool()
+
+        def log_probs(of, inputs=inputs, keep=compared[:, 1:]):
+            return of(**inputs, use_cache=False).logits[:, :-1][keep].double().log_softmax(-1)
+
+        with torch.no_grad():
+            ref = log_probs(ref_model)
+        total = total + (ref.exp() * (ref - log_probs(model))).sum()
+        tokens += len(ref)
+    loss = total / tokens
+    return loss.detach(), torch.autograd.grad(loss, trainable(model), allow_unused=True)

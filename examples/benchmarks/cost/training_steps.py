@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from common.chat_data import Turn, collate, harmful_turns, read_rows, refusal_turns
+from common.script import lora
 from common.smollm2 import load_aligned
 from safegrad_optim import KLAlignment, SafeGradOptimizer, SafetySources, safety_sources, shipped_requests
 
@@ -82,8 +83,7 @@ def prepare(mode: str, device: str, dtype: torch.dtype) -> Work:
 
 def with_adapters(model: PreTrainedModel) -> PeftModel:
     """The model with fresh LoRA adapters on all linear layers."""
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora())
 
 
 def arms(peer: bool) -> list[str]:
