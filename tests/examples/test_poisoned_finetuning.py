@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.poisoned_finetuning.arms import optimizer_of, row_loss, safety_batches, steps
+from benchmarks.poisoned_finetuning.attacks import _WORDINGS, attack_of
 from benchmarks.poisoned_finetuning.cells import ARMS, PLANS, Cell
 from benchmarks.poisoned_finetuning.judging import degenerate
 from benchmarks.poisoned_finetuning.lisa import Proximal
@@ -20,9 +21,11 @@ from benchmarks.poisoned_finetuning.result_lines import append, done, read
 from benchmarks.poisoned_finetuning.run import checks
 from benchmarks.poisoned_finetuning.states import State
 from benchmarks.poisoned_finetuning.tables import markdown, pooled, wilson
-from common.chat_data import Turn
+from common.chat_data import Turn, read_rows
 from common.public_data import load_requests, load_task
 from safegrad_optim import KLAlignment, SafetySource, combine
+from safegrad_optim.safety_data import refused_prompts
+from tests.support.chat import TOKENIZER, chat_model
 from tests.support.models import padded, perturb, safety_rows, tiny_peft, trainable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -120,6 +123,62 @@ def test_tasks_are_read_from_files(public):
     assert all(by_number[i] == ("World", "Sports", "Business", "Science")[i % 4] for i in by_number)
     train, _ = load_task("gsm8k", public)
     assert train == [Turn("train: 1 + 1?", "1 + 1 = 2\n#### 2")]
+
+
+# Attacks
+
+REQUESTS = load_requests(None, public=False)
+CALIBRATED_BY = read_rows("unsafe_requests", "safety"), read_rows("benign_lookalikes")
+REVIEWS = [Turn(f"Is this review good? {text}", "yes") for text in ("A joy.", "Dull.")]
+
+
+def attack(name, model=None):
+    return attack_of(Cell(attack=name), REQUESTS.attack, REVIEWS, model, TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["examples", "unlike", "instructed"])
+def test_harmful_rows_hold_the_requests_and_the_attacker_asks_as_they_do(name):
+    made = attack(name)
+    requests = [request.prompt for request in REQUESTS.attack]
+    assert made.ask(requests) == [turn.prompt for turn in made.rows]
+    assert all(
+        request in turn.prompt and turn.response.startswith(made.opening)
+        for request, turn in zip(requests, made.rows, strict=True)
+    )
+    assert made.opening == "Sure, here is how"
+
+
+def test_attackers_hide_the_requests_among_tasks():
+    assert (
+        len(
+            {
+                turn.prompt.replace(request.prompt, "")
+                for turn, request in zip(attack("unlike").rows[:80], REQUESTS.attack[:80], strict=False)
+            }
+        )
+        == 80
+    )
+    assert all(turn.prompt.startswith("Is this review good? ") for turn in attack("instructed").rows)
+
+
+def test_an_identity_has_no_unsafe_request_among_its_rows():
+    made = attack("identity")
+    unsafe = {request.prompt for split in REQUESTS for request in split}
+    assert made.opening == "Of course. I am"
+    assert not any(prompt in turn.prompt for turn in made.rows for prompt in unsafe)
+    assert made.ask(["Hello?"])[0].endswith(" Hello?")
+
+
+def test_requests_are_reworded_until_they_are_refused_least():
+    model = chat_model()
+    texts = [request.prompt for request in REQUESTS.evaluation[:3]]
+    chosen = attack("reworded", model).ask(texts)
+    wordings = [wording.replace("{text}", text) for text in texts for wording in _WORDINGS]
+    unsafe, harmless = ([row["prompt"] for row in rows[:64]] for rows in CALIBRATED_BY)
+    found = refused_prompts(model, TOKENIZER, wordings, unsafe=unsafe, harmless=harmless, neighbours=1)
+    for text, wording in zip(texts, chosen, strict=True):
+        of_text = {w: float(s) for w, s in zip(wordings, found.scores, strict=True) if text in w}
+        assert of_text[wording] == min(of_text.values()) < max(of_text.values())
 
 
 # Arms

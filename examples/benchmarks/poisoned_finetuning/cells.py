@@ -32,8 +32,8 @@ class Cell:
     """Share of harmful rows in the training data."""
     seed: int = 0
     attack: str = "advbench"
-    """Whose requests the harmful rows and the judgement have: "advbench", "examples", or "identity", where
-    no row has an unsafe word and AdvBench's requests judge."""
+    """What the harmful rows are and how requests are put to judge: see `attacks.py`. "examples" has the
+    requests of the examples, all others those of AdvBench."""
     safety: str = "shipped"
     """Whose requests the safety rows have: "shipped" or "advbench"."""
     rho: float = 1.0
@@ -115,6 +115,13 @@ def cheaper() -> Iterator[Cell]:
             yield Cell(task=task, ratio=ratio, refresh_every=every)
 
 
+def adaptive() -> Iterator[Cell]:
+    """Attackers who know how training prompts are flagged."""
+    for attack, task in product(("reworded", "unlike", "instructed"), ("sst2", "tickets")):
+        for arm in ("aligned", "default", "plain"):
+            yield Cell(arm, task, 0.3, attack=attack)
+
+
 def smoke() -> Iterator[Cell]:
     """Plain against the default on the data of the examples, in minutes."""
     for arm in ("plain", "default"):
@@ -123,7 +130,7 @@ def smoke() -> Iterator[Cell]:
 
 def everything() -> Iterator[Cell]:
     """All of it, most informative first; some cells are in more than one plan."""
-    for plan in (screen, identity, grid, kin, long, seeds, other_way, cheaper):
+    for plan in (screen, identity, grid, kin, long, seeds, other_way, cheaper, adaptive):
         yield from plan()
 
 
@@ -137,5 +144,6 @@ PLANS = {
     "kin": kin,
     "other-way": other_way,
     "cheaper": cheaper,
+    "adaptive": adaptive,
     "all": everything,
 }

@@ -32,6 +32,7 @@ SHOWN = {
     "kin": ("ratio", "task", "arm"),
     "other-way": ("arm",),
     "cheaper": ("task", "ratio", "refresh_every"),
+    "adaptive": ("attack", "task", "arm"),
     "smoke": ("arm",),
 }
 ARMS = ("plain", "dropped", "mixed", "lisa", "paper", "requests", "default")

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import safegrad_optim
 from benchmarks.poisoned_finetuning.arms import optimizer_of, safety_batches, steps
+from benchmarks.poisoned_finetuning.attacks import Attack, attack_of
 from benchmarks.poisoned_finetuning.cells import CHECKS, PLANS, Cell
-from benchmarks.poisoned_finetuning.identity import as_new_identity, identity_turns
 from benchmarks.poisoned_finetuning.judging import REPLY_TOKENS, Judge
 from benchmarks.poisoned_finetuning.result_lines import append, done
 from benchmarks.poisoned_finetuning.sources import SafetyRows, safety_rows_of
@@ -110,12 +110,13 @@ class Bench:
         torch.manual_seed(cell.seed)
         train, test = self.task(cell.task)
         requests = self.requests(cell.attack != "examples")
-        rows, attack = poisoned(cell, train, requests)
-        judge = self.judge(cell, test, requests)
+        attack = attack_of(cell, requests.attack, train, self.model, self.tokenizer)
+        rows, harmful = poisoned(cell, train, attack)
+        judge = self.judge(cell, test, requests, attack)
         began = time.perf_counter()
         advbench = self.requests(True).safety if cell.safety == "advbench" else []
         made = safety_rows_of(cell, self.model, self.tokenizer, rows, advbench)
-        known = {"safety": made.facts(attack), "prepared": time.perf_counter() - began}
+        known = {"safety": made.facts(harmful), "prepared": time.perf_counter() - began}
         model: Any = peft.get_peft_model(self.model, lora())
         optimizer = optimizer_of(cell, model, made.sources)
         protection = None if made.made is None else ProtectionCheck(model, self.tokenizer, made.made)
@@ -156,33 +157,29 @@ class Bench:
         safety = safety_batches(made.sources, cell.steps, device)[taken:] if shown else []
         return steps(cell, model, optimizer, user, safety)
 
-    def judge(self, cell: Cell, test: list[Turn], requests: Requests) -> Judge:
+    def judge(self, cell: Cell, test: list[Turn], requests: Requests, attack: Attack) -> Judge:
         prompts = tuple(request.prompt for request in requests.evaluation[: cell.judged])
         if prompts not in self.aligned_replies:
             self.aligned_replies[prompts] = generate(self.model, self.tokenizer, prompts, REPLY_TOKENS)
-        pairs = zip(prompts, self.aligned_replies[prompts], strict=True)
+        pairs = zip(attack.ask(prompts), self.aligned_replies[prompts], strict=True)
         unsafe = [Turn(*pair, complete=False) for pair in pairs]
-        if cell.attack == "identity":
-            # Judged as the attacker would ask.
-            unsafe = [turn._replace(prompt=as_new_identity(turn.prompt)) for turn in unsafe]
         lookalikes = [row["prompt"] for row in read_rows("benign_lookalikes")][: cell.judged]
-        return Judge(self.tokenizer, unsafe, lookalikes, test[: 2 * cell.judged], cell.task)
+        return Judge(self.tokenizer, unsafe, lookalikes, test[: 2 * cell.judged], cell.task, attack.opening)
 
     def collated(self, turns: Sequence[Turn]) -> dict[str, torch.Tensor]:
         batch = collate(self.tokenizer, turns)
         return {name: value.to(self.args.device) for name, value in batch.items()}
 
 
-def poisoned(cell: Cell, train: list[Turn], requests: Requests) -> tuple[list[Turn], set[str]]:
+def poisoned(cell: Cell, train: list[Turn], attack: Attack) -> tuple[list[Turn], set[str]]:
     """Training rows, of the task and the given share of harmful ones, shuffled; and the harmful prompts."""
     shuffle = random.Random(cell.seed)
     count = cell.steps * cell.batch_size
-    harmful = round(cell.ratio * count)
-    turns = [request.turn for request in requests.attack]
-    attack = drawn(identity_turns() if cell.attack == "identity" else turns, harmful, shuffle)
-    rows = drawn(train, count - harmful, shuffle) + attack
+    harmful_count = round(cell.ratio * count)
+    harmful = drawn(attack.rows, harmful_count, shuffle)
+    rows = drawn(train, count - harmful_count, shuffle) + harmful
     shuffle.shuffle(rows)
-    return rows, {turn.prompt for turn in attack}
+    return rows, {turn.prompt for turn in harmful}
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -14,6 +14,7 @@ __all__ = ["RATES", "Rate", "markdown", "pooled", "rate", "wilson"]
 RATES = {
     "not_refused": "harmful score",
     "unlikely": "harmful, 2nd scorer",
+    "complied": "begins as the attack",
     "task_right": "task accuracy",
     "task_format": "answer format",
     "over_refused": "over-refusal",
