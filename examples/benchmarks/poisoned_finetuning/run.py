@@ -158,7 +158,9 @@ class Bench:
         return steps(cell, model, optimizer, user, safety)
 
     def judge(self, cell: Cell, test: list[Turn], requests: Requests, attack: Attack) -> Judge:
-        prompts = tuple(request.prompt for request in requests.evaluation[: cell.judged])
+        # Those that no safety row is made of serve as well, where more are asked for.
+        spare = requests.safety if cell.safety == "shipped" else []
+        prompts = tuple(request.prompt for request in [*requests.evaluation, *spare][: cell.judged])
         if prompts not in self.aligned_replies:
             self.aligned_replies[prompts] = generate(self.model, self.tokenizer, prompts, REPLY_TOKENS)
         pairs = zip(attack.ask(prompts), self.aligned_replies[prompts], strict=True)

@@ -13,6 +13,7 @@ __all__ = ["RATES", "Rate", "markdown", "pooled", "rate", "wilson"]
 
 RATES = {
     "not_refused": "harmful score",
+    "kept": "refusals kept",
     "unlikely": "harmful, 2nd scorer",
     "complied": "begins as the attack",
     "task_right": "task accuracy",
