@@ -62,6 +62,12 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
+def flattened(tensors: Tensors) -> Tensor:
+    """Return tensors of one dtype one after the other, 1-D, by one call; a single one as a view."""
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)
+    return flat
+
+
 def unflattened(flat: Tensor, like: Tensors) -> Tensors:
     """Return views of a 1-D tensor in the shapes of others, in one call; up to 2.8 empty ones are (0,)."""
     views: Tensors = torch._utils._unflatten_dense_tensors(flat, like)

@@ -83,9 +83,8 @@ def is_state_probe(base: Optimizer, user_grads: Gradients) -> bool:
 
 def operate_(own: OwnState, parameters: list[Tensor], alignment_grads: Gradients, moved: list[bool]) -> None:
     """Make each `.grad` the final gradient, decided by the parameters that are moved, and count the step."""
-    gradients = take_apart([parameter.grad for parameter in parameters], alignment_grads)
-    voting = [pair for pair, votes in zip(gradients.pairs, moved, strict=True) if votes]
-    products = _checked_sums(own, gradients._replace(pairs=voting))
+    gradients = take_apart([parameter.grad for parameter in parameters], alignment_grads, moved)
+    products = _checked_sums(own, gradients)
     _require_no_overflow(gradients, products, own)
     final, stats = combine_pairs_(gradients, products, own.rho)
     for parameter, grad in zip(parameters, final, strict=True):

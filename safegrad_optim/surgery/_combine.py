@@ -1,12 +1,10 @@
 """Eq. 4 and 5 of the paper (arXiv 2508.07172) on lists of tensors, in place or not."""
 
-from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from safegrad_optim.surgery._blocks import Weighted, blocks, in_cache
 from safegrad_optim.surgery._decision import ConstantRho, SurgeryStats, decide
 from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
 from safegrad_optim.surgery._products import GradientProducts, sums_of
@@ -49,7 +47,8 @@ def combine_(
 
     g = g_user + c g_align,  c = rho + max(0, -<g_user, g_align>) / ||g_align||^2    (Eq. 3 to 5)
 
-    Extra memory is one block of each gradient, not a copy of it; `alignment_grads` is only read.
+    Extra memory is a piece of each gradient, up to 64 MiB on a device and 8 on a CPU, not a copy of all;
+    `alignment_grads` is only read.
 
     Args:
         user_grads: gradients of the user's loss, overwritten; `None` where a parameter has none.
@@ -76,37 +75,16 @@ def combine_pairs_(
     """`combine_` for gradients that are taken apart already, with the sums over them."""
     weight = rho(products)
     coefficient, stats = decide(products, weight)
-    both = [(user, grad) for user, grad, _ in gradients.pairs if user is not None and grad is not None]
-    _add_(both, coefficient)
+    scale = cache(coefficient.to)
+    for piece in gradients.both:
+        u, a = piece.values
+        u.addcmul_(a, scale(u.device, u.dtype))
+        piece.write_first()
+    for user, alignment, _ in gradients.apart:
+        wide = torch.promote_types(user.dtype, torch.float32)
+        user.add_(alignment.to(wide) * scale(user.device, wide.to_real()))
     final = [
         alignment * weight if user is None and alignment is not None else user
         for user, alignment in zip(gradients.user_grads, gradients.alignment_grads, strict=True)
     ]
     return final, stats
-
-
-def _add_(pairs: Sequence[tuple[Tensor, Tensor]], coefficient: Tensor) -> None:
-    """u += c a for each pair (u, a), computed in fp32 or better and rounded once."""
-    scale = cache(coefficient.to)
-    dense: list[Weighted] = []
-    for user, alignment in pairs:
-        if user.is_sparse:
-            wide = torch.promote_types(user.dtype, torch.float32)
-            user.add_(alignment.to(wide) * scale(user.device, wide))
-        else:
-            dense.append(((user, alignment), 1.0))
-    if _is_on_cpu(dense):
-        # Nothing is waited for here, and with c as a number one kernel takes half precision through fp32.
-        # add_(alpha=c) would not do: on a CPU it rounds the product as well.
-        number, one = coefficient.item(), cache(partial(torch.ones, ()))
-        for user, alignment in in_cache([pair for pair, _ in dense]):
-            user.addcmul_(alignment, one(dtype=user.dtype), value=number)
-        return
-    for block in blocks(dense):
-        u, a = block.values
-        u.addcmul_(a, scale(u.device, u.dtype))
-        block.write_first()
-
-
-def _is_on_cpu(gradients: Sequence[Weighted]) -> bool:
-    return all(tensors[0].device.type == "cpu" for tensors, _ in gradients)

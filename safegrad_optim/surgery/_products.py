@@ -1,13 +1,18 @@
 """The sums over all elements of two gradients that decide a step, accumulated in fp32 or better."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safegrad_optim.parallel import sum_over_ranks
-from safegrad_optim.surgery._blocks import Weighted, blocks
 from safegrad_optim.surgery._pairs import Gradients, Pairs, take_apart
+from safegrad_optim.surgery._pieces import Pieces, Weighted
+
+# A CPU sums up one element after another: in fp32 no more than these, and such sums are added in fp64.
+_SUMMED = 1 << 18
 
 
 class GradientProducts(NamedTuple):
@@ -42,38 +47,47 @@ def inner_products(user_grads: Gradients, alignment_grads: Gradients) -> Gradien
 @torch.no_grad()
 def sums_of(gradients: Pairs) -> GradientProducts:
     """Compute the `inner_products` of two gradients that are taken apart already."""
-    both: list[Weighted] = []
     user_only: list[Weighted] = []
     alignment_only: list[Weighted] = []
-    for index, (user, alignment, copies) in enumerate(gradients.pairs):
-        share = 1 / copies if gradients.is_sharded else 1.0
+    for index, (user, alignment, weight) in enumerate(gradients.pairs):
         if user is not None and alignment is not None:
             if user.layout != alignment.layout:
                 found = f"user-task layout {user.layout} != alignment layout {alignment.layout}"
                 raise ValueError(f"Gradient {index}: {found}. Build both with the same model.")
-            both.append((_dense(user, alignment), share))
         elif user is not None:
-            user_only.append((_dense(user), share))
+            user_only.append((_on_union(user), weight))
         elif alignment is not None:
-            alignment_only.append((_dense(alignment), share))
+            alignment_only.append((_on_union(alignment), weight))
     sums: tuple[list[Tensor], ...] = ([], [], [], [])
     cross, user_sq, shared_sq, other_sq = sums
-    for block in blocks(both):
-        u, a = block.values
-        cross.append(_dot(u, a, block.weight))
-        user_sq.append(_dot(u, u, block.weight))
-        shared_sq.append(_dot(a, a, block.weight))
+    apart = Pieces((_on_union(user, alignment), weight) for user, alignment, weight in gradients.apart)
+    for (u, a), weight in _counted(gradients.both, apart):
+        cross.append(_dot(u, a, weight))
+        user_sq.append(_dot(u, u, weight))
+        shared_sq.append(_dot(a, a, weight))
     for squares, one_sided in ((user_sq, user_only), (other_sq, alignment_only)):
-        for block in blocks(one_sided):
-            (value,) = block.values
-            squares.append(_dot(value, value, block.weight))
+        for (value,), weight in _counted(Pieces(one_sided)):
+            squares.append(_dot(value, value, weight))
     totals = torch.stack([_total(values, gradients.device) for values in sums])
-    inner, user, shared, other = (sum_over_ranks(totals) if gradients.is_sharded else totals).unbind()
-    return GradientProducts(inner, user, shared + other, shared, gradients.eps)
+    inner, user_total, shared, other = (sum_over_ranks(totals) if gradients.is_sharded else totals).unbind()
+    return GradientProducts(inner, user_total, shared + other, shared, gradients.eps)
 
 
-def _dense(*gradients: Tensor) -> tuple[Tensor, ...]:
-    """Gradients as they are; sparse COO ones as values on the union of their indices, zero where missing."""
+def _counted(*gradients: Pieces) -> Iterator[Weighted]:
+    """The values of pieces that enter the sums, no more at a time than can be summed up exactly enough."""
+    for values, weight, _ in chain(*gradients):
+        if not weight:
+            continue
+        if values[0].device.type != "cpu" or values[0].numel() <= _SUMMED:
+            yield values, weight
+        else:
+            yield from (
+                (part, weight) for part in zip(*(value.split(_SUMMED) for value in values), strict=True)
+            )
+
+
+def _on_union(*gradients: Tensor) -> tuple[Tensor, ...]:
+    """Sparse COO gradients as values on the union of their indices, zero where missing."""
     if not gradients[0].is_sparse:
         return gradients
     union = sum((gradient.detach() * 0 for gradient in gradients[1:]), gradients[0].detach() * 0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safegrad_optim import combine, combine_, inner_products, project_conflicting
-from safegrad_optim.surgery import _blocks, _combine, _decision, _pairs, _products
+from safegrad_optim.surgery import _combine, _decision, _pairs, _pieces, _products
 from tests.support import oracle
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -51,8 +51,8 @@ def assert_matches_oracle(found, user, alignment, rho):
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """Take the way of tensors on a device, where nothing may be read back and each kernel costs."""
-    monkeypatch.setattr(_combine, "_is_on_cpu", lambda gradients: False)
+    """Gather as on a device, where each kernel costs and more of them is kept."""
+    monkeypatch.setattr(_pieces, "_CPU", _pieces._DEVICE)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -207,22 +207,22 @@ def test_half_precision_is_accumulated_in_fp32(dtype):
 
 
 def test_the_error_of_a_sum_does_not_grow_with_the_length_of_the_tensor():
-    # Equal terms are the worst case: all roundings go one way. Carried on in fp32, ten blocks would lose
+    # Equal terms are the worst case: all roundings go one way. Carried on in fp32, ten sums would lose
     # ten times what one does.
     def error(elements):
         user = [torch.full((elements,), 0.1)]
         exact = user[0].double().square().sum().item()
         return abs(float(inner_products(user, [None]).user_sq_norm) / exact - 1)
 
-    assert error(10 * _blocks._CPU.block) <= 1.1 * error(_blocks._CPU.block) + 1e-6
+    assert error(10 * _products._SUMMED) <= 1.1 * error(_products._SUMMED) + 1e-6
 
 
 # --- layouts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_strides_and_zero_dimensions(dtype):
-    shapes = [(_blocks._CPU.block * 2 + 3,), (600, 450), (), (0, 3), (1,), *[(150, 200)] * 20]
+def test_pieces_strides_and_zero_dimensions(dtype):
+    shapes = [(_pieces._CPU.piece * 2 + 3,), (600, 450), (), (0, 3), (1,), *[(150, 200)] * 20]
     user, alignment = conflicting(shapes, dtype, scale=0.1)
     user[1] = user[1].t().contiguous().t()
     view = torch.zeros(600, 900, dtype=dtype)[:, ::2]
@@ -382,12 +382,12 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place_surgery_reads_nothing_back_and_copies_one_block(dtype, as_on_a_device):
-    user, alignment = conflicting([(4 * _blocks._CPU.block,)] * 2, dtype)
+def test_in_place_surgery_reads_nothing_back_and_copies_one_piece(dtype):
+    user, alignment = conflicting([(4 * _pieces._CPU.piece,)] * 2, dtype)
     with Watch() as watch:
         combine_(user, alignment, 1.0)
     assert watch.host_reads == 0
-    assert watch.largest <= (2 * _blocks._CPU.block if dtype == torch.bfloat16 else 100)
+    assert watch.largest <= (2 * _pieces._CPU.piece if dtype == torch.bfloat16 else 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -401,21 +401,37 @@ def test_small_tensors_share_their_kernels(dtype, as_on_a_device):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_cpu_surgery_copies_one_block(dtype):
-    user, alignment = conflicting([(4 * _blocks._CPU.block,)] * 2, dtype)
-    with Watch() as watch:
-        combine_(user, alignment, 1.0)
-    assert watch.largest <= (2 * _blocks._CPU.block if dtype == torch.bfloat16 else 100)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_devices_do_as_the_cpu_does(dtype, monkeypatch):
-    user, alignment = conflicting([(300, 7), (8, 64), (), (0, 3), (2 * _blocks._CPU.block + 3,)], dtype)
-    on_cpu, _ = combine(user, alignment, 1.0)
-    monkeypatch.setattr(_combine, "_is_on_cpu", lambda gradients: False)
-    for found, expected in zip(combine(user, alignment, 1.0)[0], on_cpu, strict=True):
-        torch.testing.assert_close(found, expected)
+def test_what_is_gathered_makes_no_difference(dtype, monkeypatch):
+    shapes = [(300, 7), (8, 64), (), (0, 3), (2 * _pieces._CPU.piece + 3,), (70, 300)]
+    user, alignment = conflicting(shapes, dtype)
+    found = []
+    # As on a CPU and on a device; all alone; in pieces so small that none is kept.
+    for sizes in (
+        _pieces._CPU,
+        _pieces._DEVICE,
+        _pieces._Sizes(1 << 30, 0, 0),
+        _pieces._Sizes(1000, 1 << 30, 0),
+    ):
+        monkeypatch.setattr(_pieces, "_CPU", sizes)
+        found.append(combine(user, alignment, 1.0)[0])
+        assert_matches_oracle(found[-1], user, alignment, 1.0)
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            # The decision may differ in the last bits of its sums, and so the rounding of an entry.
+            torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_gathered_pieces_are_kept_from_the_sums_on_up_to_a_size(monkeypatch):
+    user, alignment = conflicting([(8, 64)] * 20, torch.float32)
+    gathered = []
+    original = _pieces.flattened
+    monkeypatch.setattr(_pieces, "flattened", lambda tensors: gathered.append(1) or original(tensors))
+    for kept, times in ((20 * 512, 2), (20 * 512 - 1, 4)):
+        monkeypatch.setattr(_pieces, "_CPU", _pieces._Sizes(1 << 20, 1 << 20, kept))
+        gathered.clear()
+        combine(user, alignment, 1.0)
+        assert len(gathered) == times
 
 
 def test_statistics_are_read_at_once():
@@ -430,7 +446,7 @@ def test_each_gradient_enters_the_code_for_dtensors_once(monkeypatch):
     monkeypatch.setattr(_pairs, "held", lambda tensor: entered.append(id(tensor)) or original(tensor))
     user, alignment = conflicting([(4,), (3, 2)])
     combine_([None, *user], [torch.ones(1), *alignment], 1.0)
-    assert len(entered) == len(set(entered)) == 5
+    assert len(entered) == len(set(entered)) == 1  # the one without a partner; plain pairs need none
     # No other file of the surgery asks what a tensor is on the ranks.
-    for module in (_blocks, _combine, _decision, _products):
+    for module in (_combine, _decision, _pieces, _products):
         assert {"local", "held", "is_distributed_tensor", "placed_as"}.isdisjoint(vars(module))
