@@ -1,7 +1,7 @@
 """The alignment gradient: the gradient of a loss on safety batches, one tensor per parameter."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from safegrad_optim._torch_private import divide_all_, without_gradient_hooks
 from safegrad_optim.batches import Part, SourceBatches
 from safegrad_optim.forward import autocast, unchanged_training
 from safegrad_optim.parallel import (
+    Share,
+    has_ranks,
     inner_module,
     local,
     mean_over_ranks,
@@ -63,15 +65,17 @@ class Alignment(ABC):
             RuntimeError: the model was made parallel, or in another way, since this was built.
         """
         self._check_before_call()
-        _require_no_others(self.model, parameters)
+        # Once, since to walk through a model takes a launch-bound step longer than surgery does.
+        of_model = [*self.model.parameters()]
+        _require_no_others(self.model, of_model, parameters)
         with (
             synchronized(self.model),
             own_leaves(self.model) as leaves,
             # Of the user, who does not expect the alignment's gradients there.
-            without_gradient_hooks(self.model.parameters()),
+            without_gradient_hooks(of_model),
         ):
             own = [leaves.get(parameter, parameter) for parameter in parameters]
-            stashed = {tensor: tensor.grad for tensor in (*self.model.parameters(), *own)}
+            stashed = {tensor: tensor.grad for tensor in (*of_model, *own)}
             try:
                 with torch.enable_grad(), unchanged_training(self.model):
                     self.last_loss, grads = self._scaled_backward(own, stashed)
@@ -84,7 +88,8 @@ class Alignment(ABC):
 
     def _check_before_call(self) -> None:
         """Check what may have changed since this was built."""
-        share = share_of(self.model)
+        # Without a process group nothing can have been made parallel, and nobody need look through the model.
+        share = share_of(self.model) if has_ranks() else Share(0, 1)
         if share != self._share:
             raise RuntimeError(
                 f"This rank computes {share} of each safety batch, but the alignment was built for "
@@ -92,11 +97,11 @@ class Alignment(ABC):
             )
 
     def _scaled_backward(
-        self, parameters: list[Tensor], touched: Iterable[Tensor]
+        self, parameters: list[Tensor], touched: Collection[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients of the next batch; in fp16 of a scaled loss, so that they do not underflow."""
         # Gradients pass through fp16 also to fp32 adapters on a model in fp16.
-        dtypes = {self.autocast_dtype, *(parameter.dtype for parameter in self.model.parameters())}
+        dtypes = {self.autocast_dtype, *(tensor.dtype for tensor in touched)}
         scale = self._fp16_scale if torch.float16 in dtypes else 1.0
         while True:
             for tensor in touched:
@@ -165,16 +170,15 @@ class Alignment(ABC):
             yield f"_{number}" if number else "", source
 
 
-def _require_no_others(model: nn.Module, parameters: list[Tensor]) -> None:
+def _require_no_others(model: nn.Module, of_model: Sequence[Tensor], parameters: list[Tensor]) -> None:
     """Refuse gradients of the model that the optimizer which asks does not step by."""
     own = set(parameters)
-    others = [
-        name for name, tensor in model.named_parameters() if tensor.grad is not None and tensor not in own
-    ]
+    others = {tensor for tensor in of_model if tensor.grad is not None and tensor not in own}
     if others:
+        first = next(name for name, tensor in model.named_parameters() if tensor in others)
         raise ValueError(
             f"{len(others)} parameters of the model have a gradient and are not of this optimizer (first: "
-            f"{others[0]}). Another one would move them unprotected, and the conflict is one over all. "
+            f"{first}). Another one would move them unprotected, and the conflict is one over all. "
             "Freeze them if they are not trained; else wrap one optimizer of all, or a ChainedOptimizer."
         )
 

@@ -1,5 +1,6 @@
 """Passes through a model that leave no trace in it."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
@@ -110,12 +111,11 @@ class _Attributes:
 
     def put_back(self) -> None:
         now, before = self._now, self._before
-        if now.keys() != before.keys():
+        # All at once: most are as they were, and a model has thousands of them.
+        if now.keys() != before.keys() or not all(map(operator.is_, now.values(), before.values())):
             for name in now.keys() - before.keys():
                 del now[name]
-        for name, value in before.items():
-            if now.get(name, self) is not value:
-                now[name] = value
+            now.update(before)
         for value, contents in self._contents:
             if not _same(value, contents):
                 value.clear()

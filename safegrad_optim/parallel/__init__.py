@@ -24,6 +24,7 @@ from safegrad_optim.parallel._ranks import (
 from safegrad_optim.parallel._tensors import (
     Held,
     device_type,
+    has_ranks,
     held,
     is_distributed_tensor,
     local,
@@ -34,5 +35,6 @@ from safegrad_optim.parallel._tensors import (
 
 # Of a tensor, of all ranks, of a model.
 __all__ = ["Held", "device_type", "held", "is_distributed_tensor", "local", "placed_as", "whole"]
-__all__ += ["mean_over_ranks", "of_all_ranks", "on_any_rank", "require_same", "sum_over_ranks", "world_size"]
+__all__ += ["mean_over_ranks", "of_all_ranks", "on_any_rank", "require_same", "sum_over_ranks"]
+__all__ += ["has_ranks", "world_size"]
 __all__ += ["Share", "inner_module", "own_leaves", "share_of", "sum_of_shards", "synchronized"]

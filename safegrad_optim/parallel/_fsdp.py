@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from safegrad_optim.parallel._tensors import has_ranks
+
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp = sys.modules.get("torch.distributed.fsdp") if has_ranks() else None
     return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 

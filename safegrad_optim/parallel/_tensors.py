@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+def has_ranks() -> bool:
+    """Return whether there is a process group, without which no model is parallel."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if has_ranks() else 1
 
 
 def is_distributed_tensor(tensor: Tensor) -> "TypeGuard[DTensor]":
