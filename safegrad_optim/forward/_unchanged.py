@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safegrad_optim._torch_private import buffers_of, is_plain_layer, parameters_of, version
+from safegrad_optim._torch_private import (
+    buffers_of,
+    is_plain_layer,
+    parameters_of,
+    parts_of,
+    version,
+)
 from safegrad_optim.forward._randomness import switch_off
 from safegrad_optim.parallel import device_type, is_distributed_tensor
 
@@ -23,8 +29,8 @@ def unchanged_evaluation(model: nn.Module, autocast_dtype: torch.dtype | None = 
     """Run the model as in eval mode, for replies, and leave it as it was; autocast as in training."""
     modules = [*model.modules()]
     with _unchanged(model, modules), autocast(model, autocast_dtype):
-        # Not eval(), in which some merge their adapters or pack their weights.
-        _set_modes(modules, repeat(False))
+        # Not eval(), in which some merge their adapters; and some pack their weights where they see the mode.
+        _set_modes(modules, map(_packs_weights, modules))
         yield
 
 
@@ -56,12 +62,12 @@ def _unchanged(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]
         tensor for module in modules for tensor in parameters_of(module).values() if tensor is not None
     }
     # FSDP2 writes to what it gathers.
-    weights = [(tensor, version(tensor)) for tensor in parameters if not is_distributed_tensor(tensor)]
+    weights = [(tensor, _state(tensor)) for tensor in parameters if not is_distributed_tensor(tensor)]
     cuda = {tensor.device for tensor in parameters if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(cuda):
             yield
-        _require_unwritten(model, {tensor for tensor, before in weights if version(tensor) != before})
+        _require_unwritten(model, {tensor for tensor, before in weights if _state(tensor) != before})
     finally:
         for kept in attributes:
             kept.put_back()
@@ -71,6 +77,16 @@ def _unchanged(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]
                 buffers_of(module)[name] = buffer
                 if version(buffer) != before:
                     buffer.copy_(value)
+
+
+def _packs_weights(module: nn.Module) -> bool:
+    """Whether a module may pack its weights past training in an eval pass: bitsandbytes', on some CPUs."""
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def _state(weight: Tensor) -> tuple[int, list[int]]:
+    """What a write to a weight, or other memory in its place, changes."""
+    return version(weight), [part.data_ptr() for part in parts_of(weight)]
 
 
 def _set_modes(modules: Iterable[nn.Module], modes: Iterable[bool]) -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
+from safegrad_optim.forward import unchanged_evaluation
 from tests.cases.support import (
     PART_I,
     refused,
@@ -220,14 +221,13 @@ def test_a_damaged_cache_file_is_refused(damage, resumed, tmp_path):
         KLAlignment(tiny_peft(), rows, batch_size=2, reference=Reference(file=path, resumed=resumed))
 
 
-@pytest.mark.xfail(strict=True, reason=PART_I, raises=ValueError)
-@pytest.mark.filterwarnings("ignore")  # of bitsandbytes and transformers, about where 4 bits run
-def test_four_bit_weights_that_a_forward_has_repacked_are_the_same_reference(tmp_path):
-    """A run on 4-bit weights resumes after an evaluation on a CPU."""
+@pytest.fixture
+def four_bit(tmp_path):
+    """Makes a tiny model with adapters on nf4 weights."""
     pytest.importorskip("bitsandbytes")
     tiny_model(dtype=torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
 
-    def four_bit():
+    def make():
         config = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
@@ -238,12 +238,45 @@ def test_four_bit_weights_that_a_forward_has_repacked_are_the_same_reference(tmp
         lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
         return peft.get_peft_model(model, lora)
 
+    return make
+
+
+@pytest.mark.xfail(strict=True, reason=PART_I, raises=ValueError)
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes and transformers, about where 4 bits run
+def test_four_bit_weights_that_a_forward_has_repacked_are_the_same_reference(four_bit):
+    """A run on 4-bit weights resumes after an evaluation on a CPU."""
     saved = protected(four_bit()).state_dict()
     model = four_bit().eval()
     with torch.no_grad():
         model(input_ids=user_ids())
     resumed = protected(model)
     resumed.load_state_dict(saved)
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes and transformers, about where 4 bits run
+def test_four_bit_weights_can_be_trained_after_passes_of_ours(four_bit):
+    """In eval mode they are packed on some CPUs, through which no gradient goes."""
+    model = four_bit().train()
+    optimizer = protected(model)
+    with torch.no_grad(), unchanged_evaluation(model):
+        model(input_ids=user_ids())
+    assert not any(
+        getattr(tensor.quant_state, "packing_format_for_cpu", False)
+        for tensor in model.parameters()
+        if hasattr(tensor, "quant_state")
+    )
+    model(input_ids=user_ids(), labels=user_ids()).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    optimizer.step()
+
+
+def test_a_pass_that_puts_other_memory_in_place_of_a_weight_is_refused():
+    model = tiny_model()
+    inside = model.model.layers[0].mlp.up_proj
+    inside.register_forward_hook(lambda *_: setattr(inside.weight, "data", inside.weight.data.clone()))
+    with pytest.raises(RuntimeError, match="wrote to 1 parameters"):
+        protected(model)
 
 
 # --- refused though it would work, or with a message that does not help ---------------------------
