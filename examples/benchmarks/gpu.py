@@ -290,7 +290,8 @@ def over_plain(
     setup: Setup, arms: dict[str, Step], args: argparse.Namespace, **options: Any
 ) -> Iterator[Line]:
     """Time and peak memory of arms over those of a plain step, all in turns on one model."""
-    steps = {"plain": setup.plain(**options), **arms}
+    # Protected ones first: before it is first called, an alignment checks that nothing has been trained yet.
+    steps = {**arms, "plain": setup.plain(**options)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, int] = {}
     for repetition in range((2 if args.tiny else 4 if args.quick else 8) + 2):
@@ -304,7 +305,7 @@ def over_plain(
                 seconds[name].append(meter_seconds(meter) / 4)
                 peaks[name] = max(peaks.get(name, 0), meter.peak_bytes)
     plain = statistics.median(seconds["plain"])
-    for name in steps:
+    for name in ("plain", *arms):
         value = statistics.median(seconds[name])
         yield {
             "case": name,
