@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from common.script import aligned_model, lora, parse, poisoned_rows
+from common.script import aligned_model, conversation, lora, parse, poisoned_rows
 from safegrad_optim import ProtectionCheck, Reference, safety_sources
 from safegrad_optim.integrations.transformers import protect_trainer
 
@@ -52,14 +52,6 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.save_model()
     print(f"Before: {before}\nAfter: {check.history[-1]}")
     print(f"Adapter, checkpoints and TensorBoard files: {options.output_dir}")
-
-
-def conversation(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
-    """A row as TRL takes it, which then learns the reply only."""
-    return {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": row["response"]}],
-    }
 
 
 if __name__ == "__main__":

@@ -13,18 +13,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
-from safegrad_optim import shipped_requests
+from safegrad_optim import Protection, shipped_requests
 
-__all__ = ["aligned_model", "lora", "parse", "poisoned_rows", "start_ranks"]
+__all__ = ["aligned_model", "arms", "conversation", "lora", "parse", "poisoned_rows", "start_ranks", "tell"]
 
 
-def parse(name: str, doc: str, arguments: list[str] | None, steps: int = 60) -> argparse.Namespace:
+def parse(
+    name: str, doc: str, arguments: list[str] | None, steps: int = 60, *, compares: bool = False
+) -> argparse.Namespace:
+    """The options of a script; if it `compares`, a model of the user's and a plain run among them."""
     parser = argparse.ArgumentParser(prog=name, description=doc.splitlines()[0])
     parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps in all (default: {steps})")
     parser.add_argument("--every", type=int, default=4, help="use every so many of the shipped requests")
     parser.add_argument("--rows", type=int, default=320, help="training rows (default: 320)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs") / name)
     parser.add_argument("--resume", action="store_true", help="go on from what was saved there")
+    if compares:
+        parser.add_argument("--model", help="hub id or path of an aligned chat model instead of SmolLM2")
+        parser.add_argument("--data", type=Path, help="JSONL to train on instead of the poisoned rows")
+        parser.add_argument("--compare", action="store_true", help="train without protection first, as well")
     options = parser.parse_args(arguments)
     options.requests = shipped_requests()[:: options.every]
     return options
@@ -48,6 +55,33 @@ def poisoned_rows(count: int) -> list[dict[str, Any]]:
     rows = read_rows("tickets", "train")[:224] + [turn._asdict() for turn in harmful_turns("attack")]
     random.Random(0).shuffle(rows)
     return rows[:count]
+
+
+def conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as TRL takes it, which then learns the reply only: the last message, or the response."""
+    messages = row.get("messages") or [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["response"]},
+    ]
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def arms(options: argparse.Namespace) -> list[str]:
+    """What is trained, one after the other."""
+    return ["plain", "SafeGrad"] if options.compare else ["SafeGrad"]
+
+
+def tell(found: dict[str, Protection], options: argparse.Namespace) -> None:
+    """Print what the check has found of each model, and where the last one is."""
+    columns = found.values()
+    rows = {
+        f"refused still: {origin}": [one.kept[origin] for one in columns] for origin in found["before"].kept
+    }
+    rows["harmless look-alikes refused"] = [one.over_refused for one in columns]
+    print(f"\n| | {' | '.join(found)} |\n|---|{'---:|' * len(found)}")
+    for name, counts in rows.items():
+        print(f"| {name} | {' | '.join(f'{count} of {of}' for count, of in counts)} |")
+    print(f"\nAdapter: {options.output_dir}")
 
 
 def start_ranks() -> tuple[str, int, int]:

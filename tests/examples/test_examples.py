@@ -26,7 +26,7 @@ def run(script, folder, *arguments, ranks=None):
         "48",
         *arguments,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -45,6 +45,20 @@ def test_script_trains_the_adapters_and_says_where_they_are(script, saved, tmp_p
     lora_b = {name: tensor for name, tensor in load_file(tmp_path / saved).items() if "lora_B" in name}
     assert lora_b
     assert all(tensor.any() for tensor in lora_b.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["qlora.py", "dpo.py"])
+def test_script_ends_with_what_is_kept_before_without_and_with_protection(script, tmp_path):
+    output = run(script, tmp_path, "--steps", "1", "--compare")
+    table = [line for line in output.splitlines() if line.startswith("| ")]
+    assert table[0] == "| | before | plain | SafeGrad |"
+    assert [line.split(" | ")[0] for line in table[1:]] == [
+        "| refused still: held-out requests",
+        "| refused still: prefixed requests",
+        "| harmless look-alikes refused",
+    ]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -41,6 +41,29 @@ def labelled():
     return [{**row, "label": place % 2 == 0} for place, row in enumerate(conversations(USER * 4))]
 
 
+def packed():
+    return (
+        trl.SFTTrainer,
+        trl.SFTConfig,
+        conversations(USER * 8),
+        {"config": {"packing": True, "max_length": 32}},
+    )
+
+
+def padding_free():
+    return (
+        trl.SFTTrainer,
+        trl.SFTConfig,
+        conversations(USER * 4),
+        {"config": {"padding_free": True, "max_length": None}},
+    )
+
+
+def assistant_only():
+    rows = [{"messages": row["prompt"] + row["completion"]} for row in conversations(USER * 4)]
+    return trl.SFTTrainer, trl.SFTConfig, rows, {"config": {"assistant_only_loss": True}}
+
+
 def dpo():
     return trl.DPOTrainer, trl.DPOConfig, preferences(), {}
 
@@ -78,12 +101,8 @@ def trainer_of(kind, folder, model, tokenizer):
     )
 
 
-@pytest.mark.parametrize("kind", [dpo, kto, grpo, orpo, cpo])
-def test_each_step_is_the_exact_one(kind, tmp_path):
-    tokenizer = tiny_tokenizer()
-    safety = safety_rows(conversations(SAFETY), tokenizer)
-    torch.manual_seed(0)
-    trainer = trainer_of(kind, tmp_path, model_of(tokenizer), tokenizer)
+def require_exact_steps(trainer, safety, count=3):
+    """Train, and compare what each step was taken with to Eq. 4 and 5 in float64."""
     protect_trainer(trainer, safety, rho=0.5)
     optimizer = trainer.create_optimizer()
     twin = KLAlignment(trainer.model, safety)
@@ -94,20 +113,36 @@ def test_each_step_is_the_exact_one(kind, tmp_path):
         with torch.enable_grad():
             alignment_grads = twin(parameters)
         final, _ = surgery([part.grad for part in parameters], alignment_grads, rho=0.5)
-        expected.append(torch.cat(final))
+        expected.append(torch.cat([grad.flatten() for grad in final]))
 
     optimizer.register_step_pre_hook(before)
     optimizer.base_optimizer.register_step_pre_hook(
         lambda *_: found.append(concatenate(part.grad for part in parameters))
     )
     trainer.train()
-    assert (optimizer.counts.steps, optimizer.counts.unprotected) == (3, 0)
+    assert (optimizer.counts.steps, optimizer.counts.unprotected) == (count, 0)
     assert float(optimizer.stats.alignment_norm) > 0
-    assert len(found) == 3
+    assert len(found) == count
     for final, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(final, exact, rtol=1e-5, atol=1e-7 * float(exact.abs().max()))
+        rounding = max(1e-5, torch.finfo(parameters[0].dtype).eps)
+        atol = 1e-2 * rounding * float(exact.abs().max())
+        torch.testing.assert_close(final, exact, rtol=rounding, atol=atol)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all("safegrad/cosine" in entry for entry in logs)
+
+
+@pytest.mark.parametrize("kind", [packed, padding_free, assistant_only, dpo, kto, grpo, orpo, cpo])
+def test_each_step_is_the_exact_one(kind, tmp_path):
+    tokenizer = tiny_tokenizer()
+    if kind is assistant_only:
+        spoken = "{{ message['content'] }} <|im_end|> "
+        marked = "{% if message['role'] == 'assistant' %}{% generation %}" + spoken + "{% endgeneration %}"
+        marked += "{% else %}" + spoken + "{% endif %}"
+        tokenizer.chat_template = tokenizer.chat_template.replace(spoken, marked)
+        assert "generation" in tokenizer.chat_template
+    safety = safety_rows(conversations(SAFETY), tokenizer)
+    torch.manual_seed(0)
+    require_exact_steps(trainer_of(kind, tmp_path, model_of(tokenizer), tokenizer), safety)
 
 
 def test_a_reward_model_is_refused(tmp_path):
