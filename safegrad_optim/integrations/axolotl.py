@@ -4,8 +4,9 @@
       - safegrad_optim.integrations.axolotl.SafeGradPlugin
     max_grad_norm: 0
 
-The safety sources are the recommended ones, made of the training set; P_ref is the model before training, which
-with adapters is the base model. What is kept is checked during the run. This package does not install Axolotl.
+The safety sources are the recommended ones, made of the training set; P_ref is the model before training,
+which with adapters is the base model. What is kept is checked during the run. Axolotl is not installed by
+this package.
 """
 
 from typing import Any, Literal

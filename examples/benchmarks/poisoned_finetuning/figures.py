@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     others = frame[[_plain(cell) not in planned for cell in frame["cell"]]]
     if len(others):
         sections.append(f"## in no plan\n\n{markdown(others, ('attack', 'task', 'ratio', 'arm'))}\n")
-    (args.output_dir / "tables.md").write_text("\n".join(sections), encoding="utf-8")
+    text = "\n".join(["# All result lines\n", *sections])
+    (args.output_dir / "tables.md").write_text(text, encoding="utf-8")
     pd.json_normalize(lines, sep="_").to_csv(args.output_dir / "tables.csv", index=False)
     save(frame, args.output_dir / "steps.png", "steps", lambda row: row["step"])
     last = frame[[row["step"] == 120 for _, row in frame.iterrows()]]
