@@ -20,7 +20,8 @@ from safegrad_optim.protection import ProtectionCheck
 from safegrad_optim.reference import Reference
 from safegrad_optim.safety_data import read_jsonl, safety_sources
 
-LOG = get_logger(__name__)
+# Axolotl shows the messages of its own names alone.
+LOG = get_logger("axolotl.integrations.safegrad_optim")
 
 
 class SafeGradArgs(BaseModel):
