@@ -87,9 +87,10 @@ class Pieces:
 
     def __iter__(self) -> Iterator[Piece]:
         yield from self._views
-        if self._kept:
+        if len(self._kept) == len(self._groups):
             yield from self._kept
             return
+        self._kept.clear()
         for group in self._groups:
             piece = self._piece(group)
             if self._is_kept:
