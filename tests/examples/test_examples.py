@@ -34,7 +34,8 @@ def run(script, folder, *arguments, ranks=None):
 @pytest.mark.parametrize(
     ("script", "saved"),
     [
-        ("hf_trainer.py", "adapter_model.safetensors"),
+        # The way through the Trainer is that of trl_sft.py.
+        pytest.param("hf_trainer.py", "adapter_model.safetensors", marks=pytest.mark.slow),
         ("trl_sft.py", "adapter_model.safetensors"),
         ("accelerate_loop.py", "model.safetensors"),
     ],
