@@ -28,7 +28,11 @@ from tests.support.models import padded
 ROOT = Path(__file__).parent.parent
 # Written when the site is built.
 GENERATED = {"messages.md"}
-DOCS = [page for page in (ROOT / "docs").rglob("*.md") if page.name not in GENERATED]
+DOCS = [
+    page
+    for page in (ROOT / "docs").rglob("*.md")
+    if page.name not in GENERATED and "_build" not in page.parts
+]
 RESULTS = ROOT / "examples/benchmarks/poisoned_finetuning/results.jsonl"
 PAGES = sorted([ROOT / "README.md", *DOCS])
 BLOCK = re.compile(r"(?P<mark><!-- not run: [^>]+ -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
