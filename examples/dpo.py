@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from common.chat_data import read_rows
-from common.script import aligned_model, arms, lora, parse, tell
+from common.script import aligned_model, lora, parse, train_arms
 from common.smollm2 import load_model
 from safegrad_optim import ProtectionCheck, Reference, safety_sources
 from safegrad_optim.integrations.transformers import protect_trainer
@@ -29,7 +29,6 @@ def main(arguments: list[str] | None = None) -> None:
     sources = safety_sources(model, tokenizer, [row["prompt"] for row in rows], requests=options.requests)
     print(sources)
     check = ProtectionCheck(model, tokenizer, sources)
-    found = {"before": check.judged(0)}
 
     args = DPOConfig(
         output_dir=str(options.output_dir),
@@ -42,19 +41,17 @@ def main(arguments: list[str] | None = None) -> None:
         report_to=[],
     )
     dataset = Dataset.from_list([conversational(row) for row in rows])
-    for name in arms(options):
-        trainer: Any = DPOTrainer(
+
+    def trainer_of(model: Any) -> Any:
+        return DPOTrainer(
             model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora()
         )
-        if name == "SafeGrad":
-            reference = Reference(resumed=options.resume)
-            protect_trainer(trainer, sources, max_grad_norm=1.0, check=check, reference=reference)
-        trainer.train(resume_from_checkpoint=options.resume)
-        found[name] = check.judged(options.steps)
-        if name != "SafeGrad":
-            model = trainer.model.unload()
-    trainer.save_model()
-    tell(found, options)
+
+    def protect(trainer: Any) -> None:
+        reference = Reference(resumed=options.resume)
+        protect_trainer(trainer, sources, max_grad_norm=1.0, check=check, reference=reference)
+
+    train_arms(model, check, trainer_of, protect, options)
 
 
 def poisoned(count: int) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from common.script import aligned_model, arms, conversation, lora, parse, poisoned_rows, tell
+from common.script import aligned_model, conversation, lora, parse, poisoned_rows, train_arms
 from safegrad_optim import ProtectionCheck, Reference, safety_sources
 from safegrad_optim.integrations.transformers import protect_trainer
 from safegrad_optim.safety_data import read_jsonl
@@ -29,7 +29,6 @@ def main(arguments: list[str] | None = None) -> None:
     sources = safety_sources(model, tokenizer, rows, requests=options.requests)
     print(sources)
     check = ProtectionCheck(model, tokenizer, sources)
-    found = {"before": check.judged(0)}
 
     args = SFTConfig(
         output_dir=str(options.output_dir),
@@ -45,19 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
         report_to=[],
     )
     dataset = Dataset.from_list(rows)
-    for name in arms(options):
-        trainer: Any = SFTTrainer(
-            model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora()
-        )
-        if name == "SafeGrad":
-            reference = Reference(resumed=options.resume)
-            protect_trainer(trainer, sources, max_grad_norm=1.0, check=check, reference=reference)
-        trainer.train(resume_from_checkpoint=options.resume)
-        found[name] = check.judged(options.steps)
-        if name != "SafeGrad":
-            model = trainer.model.unload()
-    trainer.save_model()
-    tell(found, options)
+
+    def trainer_of(model: Any) -> Any:
+        return SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora())
+
+    def protect(trainer: Any) -> None:
+        reference = Reference(resumed=options.resume)
+        protect_trainer(trainer, sources, max_grad_norm=1.0, check=check, reference=reference)
+
+    train_arms(model, check, trainer_of, protect, options)
 
 
 def in_four_bits(name: str | Path) -> tuple[Any, Any]:

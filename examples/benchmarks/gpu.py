@@ -34,8 +34,10 @@ from safegrad_optim import KLAlignment, Reference, combine
 
 Line = dict[str, Any]
 Step = Callable[[], None]
+Section = Callable[[argparse.Namespace], Iterator[Line]]
 
 LIMIT, QUICK_LIMIT = 60.0, 20.0  # seconds a section
+QUICK_SECTIONS = 4
 # Surgery against float64, by dtype: rounding of an entry at the scale of the largest.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     lines: list[Line] = []
     with args.output.open("w", encoding="utf-8") as file:
-        for section in SECTIONS if args.only is None else [s for s in SECTIONS if s.__name__ in args.only]:
+        for section in chosen(args):
             for line in limited(section, args):
                 lines.append({"section": section.__name__, **line, **machine(args.device)})
                 file.write(json.dumps(lines[-1]) + "\n")
@@ -75,9 +77,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def limited(
-    section: Callable[[argparse.Namespace], Iterator[Line]], args: argparse.Namespace
-) -> Iterator[Line]:
+def chosen(args: argparse.Namespace) -> list[Section]:
+    """The sections that were asked for, in their order."""
+    if args.only is None:
+        return [*SECTIONS[: QUICK_SECTIONS if args.quick else None]]
+    return [section for section in SECTIONS if section.__name__ in args.only]
+
+
+def limited(section: Section, args: argparse.Namespace) -> Iterator[Line]:
     """The lines of a section, as far as its time goes, and what it stopped at."""
     began = time.perf_counter()
     limit = QUICK_LIMIT if args.quick else LIMIT
@@ -275,7 +282,7 @@ def full_1b(args: argparse.Namespace) -> Iterator[Line]:
             yield from over_plain(setup, {f"default recipe, {case}, cache of {cache}": arm}, args, **options)
 
 
-SECTIONS = (correctness, waits, surgery_alone, lora_8b, small, four_bit, full_1b)
+SECTIONS: tuple[Any, ...] = (correctness, waits, surgery_alone, lora_8b, small, four_bit, full_1b)
 
 
 def shape(args: argparse.Namespace, name: str) -> str:

@@ -1,6 +1,5 @@
 """Models with random weights, made on the device in the shapes of known ones, and steps to train them by."""
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -110,7 +109,6 @@ class Setup:
         *,
         refresh_every: int = 1,
         reference: Reference | None = None,
-        micro_batch_size: int | None = None,
         **options: Any,
     ) -> Callable[[], None]:
         """A step of AdamW in the wrapper."""
@@ -118,9 +116,7 @@ class Setup:
             SafetySource(rows=self.rows_of(source), weight=source.weight, batch_size=source.rows)
             for source in sources
         ]
-        alignment = KLAlignment(
-            self.model, made, reference=copy.copy(reference), micro_batch_size=micro_batch_size
-        )
+        alignment = KLAlignment(self.model, made, reference=reference)
         return self._step(SafeGradOptimizer(self._adamw(**options), alignment, refresh_every=refresh_every))
 
     def _adamw(self, **options: Any) -> torch.optim.Optimizer:

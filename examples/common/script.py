@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat_data import harmful_turns, read_rows
 from common.smollm2 import load_aligned
-from safegrad_optim import Protection, shipped_requests
+from safegrad_optim import Protection, ProtectionCheck, shipped_requests
 
-__all__ = ["aligned_model", "arms", "conversation", "lora", "parse", "poisoned_rows", "start_ranks", "tell"]
+__all__ = ["aligned_model", "conversation", "lora", "parse", "poisoned_rows", "start_ranks", "train_arms"]
 
 
 def parse(
@@ -66,22 +67,40 @@ def conversation(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
-def arms(options: argparse.Namespace) -> list[str]:
-    """What is trained, one after the other."""
-    return ["plain", "SafeGrad"] if options.compare else ["SafeGrad"]
+def train_arms(
+    model: Any,
+    check: ProtectionCheck,
+    trainer_of: Callable[[Any], Any],
+    protect: Callable[[Any], None],
+    options: argparse.Namespace,
+) -> None:
+    """Train with protection, if asked for without before that, and print what the check finds."""
+    found = {"before": check.judged(0)}
+    if options.compare:
+        trainer = trainer_of(model)
+        trainer.train()
+        found["plain"] = check.judged(options.steps)
+        model = trainer.model.unload()
+    trainer = trainer_of(model)
+    protect(trainer)
+    trainer.train(resume_from_checkpoint=options.resume)
+    found["SafeGrad"] = check.judged(options.steps)
+    trainer.save_model()
+    print(f"{table_of(found)}\n\nAdapter: {options.output_dir}")
 
 
-def tell(found: dict[str, Protection], options: argparse.Namespace) -> None:
-    """Print what the check has found of each model, and where the last one is."""
+def table_of(found: dict[str, Protection]) -> str:
+    """What a check has found of each model, as Markdown."""
     columns = found.values()
     rows = {
         f"refused still: {origin}": [one.kept[origin] for one in columns] for origin in found["before"].kept
     }
     rows["harmless look-alikes refused"] = [one.over_refused for one in columns]
-    print(f"\n| | {' | '.join(found)} |\n|---|{'---:|' * len(found)}")
-    for name, counts in rows.items():
-        print(f"| {name} | {' | '.join(f'{count} of {of}' for count, of in counts)} |")
-    print(f"\nAdapter: {options.output_dir}")
+    lines = [f"\n| | {' | '.join(found)} |", f"|---|{'---:|' * len(found)}"]
+    lines += [
+        f"| {name} | {' | '.join(f'{n} of {of}' for n, of in counts)} |" for name, counts in rows.items()
+    ]
+    return "\n".join(lines)
 
 
 def start_ranks() -> tuple[str, int, int]:
