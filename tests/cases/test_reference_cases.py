@@ -7,7 +7,6 @@ import warnings
 import peft
 import pytest
 import torch
-import transformers
 
 from safegrad_optim import KLAlignment, Reference, SafeGradOptimizer
 from safegrad_optim.forward import unchanged_evaluation
@@ -22,6 +21,7 @@ from tests.cases.support import (
 )
 from tests.support.models import (
     VOCABULARY,
+    in_four_bits,
     padded,
     perturb,
     safety_rows,
@@ -228,12 +228,7 @@ def four_bit(tmp_path):
     tiny_model(dtype=torch.float32, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
 
     def make():
-        config = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
-        )
+        model = in_four_bits(tmp_path)
         torch.manual_seed(1)
         lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
         return peft.get_peft_model(model, lora)

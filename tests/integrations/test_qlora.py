@@ -13,7 +13,7 @@ from safegrad_optim.integrations.transformers import protect_trainer
 from safegrad_optim.safety_data import safety_rows
 from tests.integrations.test_trl import SAFETY, USER, arguments, conversations, tiny_tokenizer
 from tests.integrations.test_trl_trainers import require_exact_steps
-from tests.support.models import perturb, tiny_model, trainable
+from tests.support.models import in_four_bits, perturb, tiny_model, trainable
 
 pytest.importorskip("bitsandbytes")
 # Of bitsandbytes, TRL and transformers, of where 4 bits run and of what will be renamed.
@@ -30,18 +30,7 @@ def four_bit(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(TOKENIZER)}
     tiny_model(dtype=torch.float32, pad_token_id=0, **sizes).save_pretrained(tmp_path / "model")
 
-    def load():
-        config = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "model", quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
-        )
-
-    return load
+    return lambda: in_four_bits(tmp_path / "model", bnb_4bit_use_double_quant=True)
 
 
 def trainer_of(model, folder, max_steps):

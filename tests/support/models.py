@@ -72,3 +72,13 @@ def perturb(model, scale=0.3, seed=9):
         for parameter in trainable(model):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data.add_(scale * noise.to(parameter.dtype))
+
+
+def in_four_bits(folder, **options):
+    """A saved model with nf4 weights, computed in bf16 on the CPU, as a user loads it."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, **options
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
