@@ -13,10 +13,11 @@ ARMS = {
     "requests": "the same without anything of the training data",
     "paper": "unsafe requests alone, ten tokens of each reply compared, rho = 1",
     "dropped": "training rows whose prompts the aligned model refuses are left out, nothing else",
+    "filtered": "the default, and these training rows are left out as well",
     "mixed": "the default's rows in each training batch, with cross-entropy (SafeInstr)",
     "lisa": "user steps and steps on the default's rows in turns, each with a proximal term (Lisa)",
 }
-PROTECTED = ("default", "requests", "paper")
+PROTECTED = ("default", "filtered", "requests", "paper")
 # Steps after which a run is judged, as far as it goes.
 CHECKS = (120, 400, 1200)
 TASKS = ("sst2", "tickets", "agnews")
@@ -97,7 +98,7 @@ def long() -> Iterator[Cell]:
 def kin() -> Iterator[Cell]:
     """What else could be done with the same rows."""
     for ratio, task in product((0.9, 0.3), ("sst2", "agnews")):
-        for arm in ("requests", "paper", "dropped", "mixed", "lisa"):
+        for arm in ("requests", "paper", "dropped", "filtered", "mixed", "lisa"):
             yield Cell(arm, task, ratio)
 
 

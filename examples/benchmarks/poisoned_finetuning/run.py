@@ -116,7 +116,8 @@ class Bench:
         began = time.perf_counter()
         advbench = self.requests(True).safety if cell.safety == "advbench" else []
         made = safety_rows_of(cell, self.model, self.tokenizer, rows, advbench)
-        known = {"safety": made.facts(harmful), "prepared": time.perf_counter() - began}
+        facts = made.facts(harmful, {turn.prompt for turn in rows} - harmful)
+        known = {"safety": facts, "prepared": time.perf_counter() - began}
         model: Any = peft.get_peft_model(self.model, lora())
         optimizer = optimizer_of(cell, model, made.sources)
         protection = None if made.made is None else ProtectionCheck(model, self.tokenizer, made.made)

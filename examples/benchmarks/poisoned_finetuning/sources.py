@@ -11,7 +11,6 @@ from benchmarks.poisoned_finetuning.cells import Cell
 from common.chat_data import Turn, drawn
 from common.public_data import Request
 from safegrad_optim import SafetySource, SafetySources, safety_rows, safety_sources, shipped_requests
-from safegrad_optim.safety_data import RefusedPrompts
 
 __all__ = ["SafetyRows", "safety_rows_of"]
 
@@ -24,19 +23,17 @@ class SafetyRows:
 
     rows: list[Turn]
     sources: list[SafetySource] = field(default_factory=list)
-    refused: RefusedPrompts | None = None
-    """What was flagged, where the arm reads the training data."""
+    flagged: set[str] | None = None
+    """Prompts that the aligned model refuses, where the arm reads the training data."""
     made: SafetySources | None = None
     """The recommended sources, whatever the arm: protection is checked by them."""
 
-    def facts(self, attack: set[str]) -> dict[str, Any]:
+    def facts(self, attack: set[str], task: set[str]) -> dict[str, Any]:
         """Numbers of rows, and how many of the harmful and of the task's prompts were flagged."""
         found: dict[str, Any] = {"rows": [len(list(source.rows)) for source in self.sources]}
-        if self.refused is not None:
-            flagged = {self.rows[prompt.row].prompt for prompt in self.refused.flagged}
-            prompts = {turn.prompt for turn in self.rows}
-            found["flagged_attack"] = [len(flagged & attack), len(prompts & attack)]
-            found["flagged_task"] = [len(flagged - attack), len(prompts - attack)]
+        if self.flagged is not None:
+            found["flagged_attack"] = [len(self.flagged & attack), len(attack)]
+            found["flagged_task"] = [len(self.flagged & task), len(task)]
         return found
 
 
@@ -76,13 +73,15 @@ def safety_rows_of(
     if cell.arm == "requests":
         return SafetyRows(rows, [made.by_name[name] for name in ("requests", "lookalikes")], made=made)
     assert made.refused_prompts is not None
+    flagged = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
+    if cell.arm in ("dropped", "filtered"):
+        kept = [turn for turn in rows if turn.prompt not in flagged]
+        rows = drawn(kept, len(rows), random.Random(cell.seed))
     if cell.arm == "dropped":
-        refused = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
-        kept = [turn for turn in rows if turn.prompt not in refused]
-        return SafetyRows(drawn(kept, len(rows), random.Random(cell.seed)), made=made)
+        return SafetyRows(rows, flagged=flagged, made=made)
     by_name = dict(made.by_name)
     for name, factor in (("training prompts", cell.training_weight), ("prefixed requests", 1.0)):
         if name in by_name:
             source = by_name[name]
             by_name[name] = replace(source, weight=source.weight * factor, batch_size=cell.rows)
-    return SafetyRows(rows, [*by_name.values()], made.refused_prompts, made)
+    return SafetyRows(rows, [*by_name.values()], flagged, made)
