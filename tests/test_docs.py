@@ -19,6 +19,7 @@ import safegrad_optim
 from benchmarks.poisoned_finetuning.cells import Cell
 from benchmarks.poisoned_finetuning.result_lines import read
 from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_rows, safety_sources
+from safegrad_optim.integrations import transformers as transformers_integration
 from safegrad_optim.protection import _check
 from safegrad_optim.safety_data import _sources
 from tests.support.attacked import ATTACK, HELD_OUT, NO, PAIRS, TASK, UNSAFE, YES, aligned_model, turns
@@ -55,6 +56,7 @@ def given(aligned, folder):
         str(folder), max_steps=2, max_grad_norm=0, report_to=[], use_cpu=True, disable_tqdm=True
     )
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loader = [padded(tokenised[start : start + 8]) for start in (0, 8)]
     return {
         **{name: getattr(safegrad_optim, name) for name in safegrad_optim.__all__},
         "AdamW": torch.optim.AdamW,
@@ -65,7 +67,8 @@ def given(aligned, folder):
         "dataset": datasets.Dataset.from_dict(
             {name: value.tolist() for name, value in padded(tokenised).items()}
         ),
-        "loader": [padded(tokenised[start : start + 8]) for start in (0, 8)],
+        "batch": loader[0],
+        "loader": loader,
         "model": model,
         "optimizer": SafeGradOptimizer(base, KLAlignment(model, sources)),
         "requests": UNSAFE,
@@ -101,10 +104,16 @@ def test_every_block_of_python_runs(page, aligned, tmp_path, monkeypatch):
             exec(compile(block["code"], page.name, "exec"), names)
 
 
-def test_every_public_name_has_an_entry():
+def test_every_public_name_has_an_entry_and_below_it_an_example():
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    entries = set(re.findall(r"auto(?:class|function|exception):: (\w+)", reference))
-    assert entries == set(safegrad_optim.__all__)
+    entries = []
+    for below in re.split(r"```{eval-rst}\n", reference)[1:]:
+        named = re.findall(r"auto(?:class|function|exception):: (\w+)", below)
+        example = re.search(r"```python\n(.*?)```", below, re.DOTALL)
+        assert [name for name in named if not re.search(rf"\b{name}\b", example[1])] == []
+        entries += named
+    of_the_trainer = set(transformers_integration.__all__) - {"SafeGradFactory"}
+    assert sorted(entries) == sorted({*safegrad_optim.__all__, *of_the_trainer})
 
 
 def test_every_message_that_is_raised_is_listed(monkeypatch, tmp_path):

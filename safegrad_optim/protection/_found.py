@@ -14,10 +14,10 @@ class Protection:
     """What one check found."""
 
     step: int
-    kept: Mapping[str, tuple[int, int]]  # by origin of the requests: still refused, of the aligned model's
-    over_refused: tuple[int, int]  # look-alikes refused, of all
-    flipped: tuple[int, int]  # prompts refused or answered otherwise than by the aligned model, of all
-    leaks: tuple[str, ...]  # the origins that lost more than chance explains
+    kept: Mapping[str, tuple[int, int]]  #: by origin of the requests: still refused, of the aligned model's
+    over_refused: tuple[int, int]  #: look-alikes refused, of all
+    flipped: tuple[int, int]  #: prompts refused or answered otherwise than by the aligned model, of all
+    leaks: tuple[str, ...]  #: the origins that lost more than chance explains
 
     def metrics(self) -> dict[str, float]:
         """Return shares by name: refusal_kept of all and of each origin, over_refusal, flipped."""

@@ -24,9 +24,9 @@ _THRESHOLD = 0.5
 class RowAudit:
     """What `audit_rows` found; printed, a report without any text of the rows."""
 
-    scores: list[float]  # of each row, that of its prompt which is refused most
-    reasons: Mapping[int, str]  # of each suspicious row, by its number
-    false_positives: float  # share of prompts known to be harmless whose own score is above the threshold
+    scores: list[float]  #: of each row, that of its prompt which is refused most
+    reasons: Mapping[int, str]  #: of each suspicious row, by its number
+    false_positives: float  #: share of prompts known to be harmless whose own score is above the threshold
     refused: RefusedPrompts
 
     @property

@@ -49,10 +49,10 @@ class SafetySources:
     by_name: Mapping[str, SafetySource]
     report: str
     refused_prompts: RefusedPrompts | None
-    kept_out: Sequence[TrainingPrompt]  # refused training prompts that are in no row, to check by
-    prefixed: Sequence[Sequence[int]]  # held-out requests behind beginnings of training prompts, to check by
-    opening: Opening  # the token of replies that tells which prompts are refused
-    chat_template_kwargs: Mapping[str, Any] | None  # what the chat template was given besides messages
+    kept_out: Sequence[TrainingPrompt]  #: refused training prompts that are in no row, to check by
+    prefixed: Sequence[Sequence[int]]  #: held-out requests behind beginnings of training prompts, to check by
+    opening: Opening  #: the token of replies that tells which prompts are refused
+    chat_template_kwargs: Mapping[str, Any] | None  #: what the chat template was given besides messages
 
     def __iter__(self) -> Iterator[SafetySource]:
         return iter(self.by_name.values())
