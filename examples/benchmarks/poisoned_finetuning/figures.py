@@ -2,7 +2,7 @@
 
     cd examples; python -m benchmarks.poisoned_finetuning.figures
 
-Writes steps.png, ratios.png, tables.md and tables.csv to --output-dir.
+Writes tables.md, tables.csv and, of what there is, steps.svg and ratios.svg to --output-dir.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from benchmarks.poisoned_finetuning.cells import PLANS, Cell
 from benchmarks.poisoned_finetuning.result_lines import read
@@ -35,7 +36,23 @@ SHOWN = {
     "adaptive": ("attack", "task", "arm"),
     "smoke": ("arm",),
 }
-ARMS = ("plain", "dropped", "mixed", "lisa", "paper", "requests", "default")
+TASKS = {"sst2": "SST-2", "tickets": "tickets", "agnews": "AG News"}
+# By title of a panel and name of a line the rows of `pooled` that it goes through.
+Panels = dict[str, dict[str, list[Any]]]
+_GREY = "#808080"
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.labelcolor": _GREY,
+    "axes.titlecolor": _GREY,
+    "font.size": 11,
+    "grid.alpha": 0.3,
+    "legend.framealpha": 0.0,
+    "legend.labelcolor": _GREY,
+    "svg.hashsalt": "safegrad_optim",  # the same file from the same lines
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,9 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     text = "\n".join(["# All result lines\n", *sections])
     (args.output_dir / "tables.md").write_text(text, encoding="utf-8")
     pd.json_normalize(lines, sep="_").to_csv(args.output_dir / "tables.csv", index=False)
-    save(frame, args.output_dir / "steps.png", "steps", lambda row: row["step"])
-    last = frame[[row["step"] == 120 for _, row in frame.iterrows()]]
-    save(last, args.output_dir / "ratios.png", "share of harmful rows", lambda row: row["cell"].ratio)
+    usual = _usual(frame)
+    save(over_steps(usual), "steps", lambda row: row["step"], args.output_dir / "steps.svg")
+    ratios = args.output_dir / "ratios.svg"
+    save(over_ratios(usual), "share of harmful rows", lambda row: row["cell"].ratio, ratios)
     print("\n".join(sections))
     print(f"Figures and tables: {args.output_dir}")
     return 0
@@ -86,53 +104,86 @@ def _plain(cell: Cell) -> Cell:
     return replace(cell, seed=0, model=Cell().model, judged=Cell().judged)
 
 
-def save(frame: pd.DataFrame, path: Path, label: str, x_of: Callable[[Any], float]) -> None:
-    """Harmful score and accuracy by task and arm, with 95 % intervals; a line for each arm and ratio."""
-    used = [row for _, row in frame.iterrows() if _is_usual(row["cell"])]
-    tasks = sorted({row["cell"].task for row in used})
-    figure, axes = plt.subplots(
-        2,
-        max(1, len(tasks)),
-        figsize=(4 * max(1, len(tasks)), 6),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for column, task in enumerate(tasks):
-        for arm in ARMS:
-            rows = sorted(
-                (row for row in used if (row["cell"].task, row["cell"].arm) == (task, arm)), key=x_of
-            )
-            ratios = sorted({row["cell"].ratio for row in rows}) if label == "steps" else [None]
-            for ratio in ratios:
-                own = [row for row in rows if ratio in (None, row["cell"].ratio)]
-                name = arm if ratio is None else f"{arm}, {ratio:.0%}"
-                for axis, score in zip(axes[:, column], ("not_refused", "task_right"), strict=True):
-                    _bars(axis, [(x_of(row), rate(row, score)) for row in own], name)
-        axes[0, column].set(title=task, ylim=(-0.03, 1.03))
-        axes[1, column].set(xlabel=label, ylim=(-0.03, 1.03))
-    axes[0, 0].set_ylabel("harmful score (not refused)")
-    axes[1, 0].set_ylabel("task accuracy")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def save(panels: Panels, label: str, x_of: Callable[[Any], float], path: Path) -> None:
+    """Harmful score and accuracy with 95 % intervals, a column for each panel; no file if there is none.
+
+    Grey text on no background is read on a light page and on a dark one.
+    """
+    if not panels:
+        return
+    names = dict.fromkeys(name for series in panels.values() for name in series)
+    colors = {name: f"C{index}" for index, name in enumerate(names)}
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(4 * len(panels), 6), layout="constrained")
+        axes = figure.subplots(2, len(panels), sharex=True, sharey=True, squeeze=False)
+        for column, (title, series) in zip(axes.T, panels.items(), strict=True):
+            for name, rows in series.items():
+                for axis, score in zip(column, ("not_refused", "task_right"), strict=True):
+                    _bars(axis, [(x_of(row), rate(row, score)) for row in rows], colors[name])
+            column[0].set(title=title, ylim=(-0.03, 1.03))
+            column[1].set(xlabel=label)
+        axes[0, 0].set_ylabel("harmful score (not refused)")
+        axes[1, 0].set_ylabel("task accuracy")
+        lines = [Line2D([], [], color=color) for color in colors.values()]
+        figure.legend(lines, colors, loc="outside lower center", ncols=len(colors))
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+        plt.close(figure)
 
 
-def _is_usual(cell: Cell) -> bool:
-    """Whether a cell is the default one but for what the figures show."""
-    shown = {name: getattr(cell, name) for name in ("arm", "task", "ratio", "steps")}
-    return _plain(cell) == replace(Cell(), **shown) and cell.arm != "aligned"
+def over_steps(rows: list[Any]) -> Panels:
+    """For each task and share of harmful rows the longest run of each arm, from the aligned model on."""
+    aligned = {row["cell"].task: row for row in rows if row["cell"].arm == "aligned"}
+    longest: dict[Cell, list[Any]] = {}
+    for row in sorted(rows, key=lambda row: (row["cell"].steps, row["step"])):
+        cell = row["cell"]
+        run = longest.setdefault(replace(cell, steps=0), [])
+        if run and run[-1]["cell"].steps < cell.steps:
+            run.clear()
+        run += [row]
+    panels: Panels = {}
+    for cell, run in longest.items():
+        if len(run) > 1:
+            title = f"{TASKS[cell.task]}, {cell.ratio:.0%} harmful"
+            start = [aligned[cell.task]] if cell.task in aligned else []
+            panels.setdefault(title, {})[_name(cell)] = [*start, *run]
+    return panels
 
 
-def _bars(axis: Axes, points: list[tuple[float, Rate | None]], label: str) -> None:
+def over_ratios(rows: list[Any]) -> Panels:
+    """For each task the runs of 120 steps by their share of harmful rows."""
+    panels: Panels = {}
+    for row in sorted(rows, key=lambda row: row["cell"].ratio):
+        cell = row["cell"]
+        if cell.steps == 120 and cell.arm != "aligned":
+            panels.setdefault(TASKS[cell.task], {}).setdefault(_name(cell), []).append(row)
+    found = {
+        title: {name: run for name, run in series.items() if len(run) > 1} for title, series in panels.items()
+    }
+    return {title: series for title, series in found.items() if series}
+
+
+def _name(cell: Cell) -> str:
+    return cell.arm + (f", k = {cell.refresh_every}" if cell.refresh_every > 1 else "")
+
+
+def _usual(frame: pd.DataFrame) -> list[Any]:
+    """The rows of cells that are the default one but for what the figures show."""
+    shown = ("arm", "task", "ratio", "steps", "refresh_every")
+    found = []
+    for _, row in frame.iterrows():
+        cell = _plain(row["cell"])
+        if cell == replace(Cell(), **{name: getattr(cell, name) for name in shown}):
+            found.append(row)
+    return found
+
+
+def _bars(axis: Axes, points: list[tuple[float, Rate | None]], color: str) -> None:
     found = [(x, point) for x, point in points if point is not None]
     if found:
         below = [point.value - point.low for _, point in found]
         above = [point.high - point.value for _, point in found]
         x, y = [x for x, _ in found], [point.value for _, point in found]
-        axis.errorbar(x, y, yerr=[below, above], label=label, capsize=2, linewidth=1.2)
+        axis.errorbar(x, y, yerr=[below, above], color=color, capsize=2, marker="o", markersize=4)
 
 
 if __name__ == "__main__":
