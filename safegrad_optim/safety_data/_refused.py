@@ -33,11 +33,20 @@ class RefusedPrompts:
     @property
     def flagged(self) -> list[TrainingPrompt]:
         """The prompts that the model refuses, each once, highest score first."""
+        over = self._over()
+        return list({prompt.tokens: prompt for prompt in reversed(over)}.values())[::-1]
+
+    @property
+    def flagged_rows(self) -> frozenset[int]:
+        """The numbers of all rows that have such a prompt."""
+        return frozenset(prompt.row for prompt in self._over())
+
+    def _over(self) -> list[TrainingPrompt]:
+        """The prompts above the threshold, as often as they are there, highest score first."""
         if not self.opening.separates:
             return []
         order = self.scores.argsort(descending=True).tolist()
-        over = [self.prompts[index] for index in order if self.scores[index] > self.threshold]
-        return list({prompt.tokens: prompt for prompt in reversed(over)}.values())[::-1]
+        return [self.prompts[index] for index in order if self.scores[index] > self.threshold]
 
     def rows(self, model: nn.Module, tokenizer: Any, *, tokens: int = 1) -> list[dict[str, list[int]]]:
         """Return a safety row for each flagged prompt, with the first tokens of the aligned model's reply."""

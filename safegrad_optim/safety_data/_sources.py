@@ -54,6 +54,15 @@ class SafetySources:
     opening: Opening  #: the token of replies that tells which prompts are refused
     chat_template_kwargs: Mapping[str, Any] | None  #: what the chat template was given besides messages
 
+    @property
+    def flagged_rows(self) -> frozenset[int]:
+        """The numbers of the training rows with a prompt that the aligned model refuses.
+
+        Whoever does not want the model to learn from them leaves them out of training. They are held as
+        safety rows all the same, so that what was not flagged does not break the others.
+        """
+        return frozenset() if self.refused_prompts is None else self.refused_prompts.flagged_rows
+
     def __iter__(self) -> Iterator[SafetySource]:
         return iter(self.by_name.values())
 

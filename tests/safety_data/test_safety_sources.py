@@ -73,6 +73,16 @@ def test_what_the_model_does_not_refuse_is_left_out_and_counted(model):
     assert list(made.by_name) == ["requests", "lookalikes"]
 
 
+def test_all_rows_of_refused_prompts_are_numbered_and_what_is_left_has_none(model):
+    prompts = TASK * 3 + ATTACK * 2
+    data = [{"prompt": text, "response": "Use a wet rag."} for text in prompts]
+    made = make(model, data)
+    assert made.flagged_rows == {number for number, text in enumerate(prompts) if text in ATTACK}
+    left = [row for number, row in enumerate(data) if number not in made.flagged_rows]
+    assert make(model, left).flagged_rows == set()
+    assert make(model, None).flagged_rows == set()
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_few_refused_training_prompts_or_none(model, count):
     made = make(model, TASK * 2 + ATTACK[:count])
