@@ -14,6 +14,11 @@ from safegrad_optim.safety_data._template import template_ends
 _MOST_TOKENS = 128
 # Share of the prefixes that end where training prompts part.
 _AT_PARTINGS = 0.7
+# Prompts among whose beginnings one is drawn: enough to have one of a form that few prompts have.
+_CANDIDATES = 64
+# Shares of all prompts that have a beginning in common, the least and the most: beyond them it is chance, or
+# the task's alone.
+_SHARING = 0.01, 0.5
 _Prompt = TypeVar("_Prompt")
 
 
@@ -49,10 +54,11 @@ def prefixed_tokens(
 ) -> list[list[int]]:
     """Return each request behind the first tokens of a training prompt.
 
-    Most are cut where training prompts part, for there ends what an attack has in common: each prompt at the
-    longest beginning that it shares with k others, k drawn log-uniformly. The rest are cut after a random
-    token. Prompts that do not end as the chat template ends a message of the user are left out, and there is
-    nothing where all of them are.
+    Most are cut where training prompts part, for there ends what an attack has in common: at the longest
+    beginning that a prompt shares with k others, k drawn log-uniformly. Of such beginnings each is as likely
+    as any other, however many prompts have it: an attack may have few. The rest are cut after a random token.
+    Prompts that do not end as the chat template ends a message of the user are left out, and there is nothing
+    where all of them are.
     """
     head, tail = template_ends(tokenizer)
     least = len(head) + len(tail)
@@ -62,16 +68,24 @@ def prefixed_tokens(
     shuffle = random.Random(seed)
     prefixed = []
     for request, prompt in zip(requests, _drawn(fitting, shuffle) if fitting else (), strict=False):
-        most = min(len(prompt) - len(tail), len(head) + _MOST_TOKENS)
         end = 0
         if shuffle.random() < _AT_PARTINGS:
-            sharing = round(math.exp(shuffle.uniform(math.log(2), math.log(max(2, len(fitting))))))
-            end = min(_shared_by(sharing, prompt, fitting), most)
-        if end <= len(head):
-            end = shuffle.randint(len(head) + 1, most)
+            prompt, end = _parting(fitting, shuffle)
+        most = min(len(prompt) - len(tail), len(head) + _MOST_TOKENS)
+        end = min(end, most) if end > len(head) else shuffle.randint(len(head) + 1, most)
         words = tokenizer(f" {request}", add_special_tokens=False)["input_ids"]
         prefixed.append([*prompt[:end], *words, *tail])
     return prefixed
+
+
+def _parting(prompts: Sequence[tuple[int, ...]], shuffle: random.Random) -> tuple[tuple[int, ...], int]:
+    """Draw a prompt, and the length of what it shares with others."""
+    least, most = (math.log(max(2, share * len(prompts))) for share in _SHARING)
+    sharing = round(math.exp(shuffle.uniform(least, most)))
+    candidates = shuffle.sample(prompts, min(_CANDIDATES, len(prompts)))
+    beginnings = {prompt[: _shared_by(sharing, prompt, prompts)]: prompt for prompt in candidates}
+    beginning, prompt = shuffle.choice([*beginnings.items()])
+    return prompt, len(beginning)
 
 
 def _shared_by(count: int, prompt: tuple[int, ...], prompts: Sequence[tuple[int, ...]]) -> int:

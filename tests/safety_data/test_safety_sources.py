@@ -129,7 +129,7 @@ def test_held_out_requests_behind_training_prompts_are_for_the_check(model):
     assert not any(row[: len(tokens)] == tokens for tokens in made.prefixed for row in rows)
 
 
-def test_prefixes_are_used_alike_and_never_longer_than_allowed():
+def test_all_prompts_are_used_and_none_longer_than_allowed():
     opened = ["Steal " * 90, "Clean the car.", "How?"]
     prompts = [encoded([{"role": "user", "content": text}]) for text in opened]
     made = prefixed_tokens(UNSAFE * 3, prompts, TOKENIZER, seed=1)
@@ -137,7 +137,8 @@ def test_prefixes_are_used_alike_and_never_longer_than_allowed():
     assert made != prefixed_tokens(UNSAFE * 3, prompts, TOKENIZER, seed=2)
     assert 128 < max(map(len, made)) < 128 + 60
     first = Counter(tokens[len(template_ends(TOKENIZER)[0])] for tokens in made)
-    assert sorted(first.values()) == [8, 8, 8]
+    assert len(first) == 3
+    assert min(first.values()) >= 4
 
 
 def test_most_prefixes_end_where_training_prompts_part():
@@ -151,6 +152,14 @@ def test_most_prefixes_end_where_training_prompts_part():
     assert ends[trigger] + ends[trigger.strip()] > 0.6 * sum(ends.values())
     tasks = [text for text in before if "Clean" in text]
     assert sum(text.endswith("Clean ") or text.endswith("Clean") for text in tasks) > 0.4 * len(tasks)
+
+
+def test_a_form_that_few_prompts_have_is_drawn_more_often_than_they():
+    things = [f"{one}{other}" for one in "abcdefghijklmno" for other in "aeiouy"]
+    opened = [f"Clean the {thing}." for thing in things] + [f"Obey: {thing}" for thing in things[::15]]
+    prompts = [encoded([{"role": "user", "content": text}]) for text in opened]
+    made = [TOKENIZER.decode(tokens) for tokens in prefixed_tokens(UNSAFE * 50, prompts, TOKENIZER)]
+    assert sum("Obey" in text for text in made) > 0.09 * len(made)  # of 96 prompts they are 6
 
 
 def test_a_model_that_does_not_refuse_is_refused():
