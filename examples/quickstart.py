@@ -4,7 +4,7 @@
 
 By default the model is SmolLM2-135M-Instruct made safe by `safety_adapter/`, the user task is to read
 the order number in a support message as JSON, and 30 % of the training rows are unsafe requests with the
-opening of a compliant reply. Prints one table, writes `results.json` and `curves.png` to --output-dir.
+opening of a compliant reply. Prints one table, writes `results.json` and `curves.svg` to --output-dir.
 """
 
 import sys

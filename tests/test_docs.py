@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -16,8 +15,6 @@ import torch
 import transformers
 
 import safegrad_optim
-from benchmarks.poisoned_finetuning.cells import Cell
-from benchmarks.poisoned_finetuning.result_lines import read
 from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_rows, safety_sources
 from safegrad_optim.integrations import transformers as transformers_integration
 from safegrad_optim.protection import _check
@@ -34,7 +31,6 @@ DOCS = [
     for page in (ROOT / "docs").rglob("*.md")
     if page.name not in GENERATED and "_build" not in page.parts
 ]
-RESULTS = ROOT / "examples/benchmarks/poisoned_finetuning/results.jsonl"
 PAGES = sorted([ROOT / "README.md", *DOCS])
 BLOCK = re.compile(r"(?P<mark><!-- not run: [^>]+ -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 
@@ -152,35 +148,3 @@ def test_links_and_anchors_inside_lead_somewhere(page):
                 re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
             ]
             assert anchor in slugs, f"{target} in {page.name}"
-
-
-ARMS = {
-    "plain": {"arm": "plain"},
-    "default": {},
-    "default, 4 rows": {"rows": 4},
-    "4 rows, `prefix_weight=12.5`": {"rows": 4, "prefix_weight": 12.5},
-    "`refresh_every=2`": {"refresh_every": 2},
-}
-TASKS = {"SST-2": "sst2", "tickets": "tickets", "AG News": "agnews"}
-SCORES = ("not_refused", "unlikely", "task_right", "over_refused")
-
-
-def key(cell):
-    """What a run is told by, whatever its length; plain runs have none of what protects."""
-    own = {"rows": 2, "prefix_weight": 5.0} if cell.arm == "plain" else {}
-    return replace(cell, steps=0, **own)
-
-
-def test_the_table_of_the_evidence_is_that_of_the_committed_lines():
-    found = {(key(Cell(**line["cell"])), line["step"]): line["scores"] for line in read(RESULTS)}
-    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    table = page.partition("| attack | task |")[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(table) > 15
-    for row in table:
-        attack, task, ratio, arm, steps, *shown = (cell.strip() for cell in row.strip("|").split("|"))
-        cell = Cell(task=TASKS[task], ratio=float(ratio), **ARMS[arm])
-        cell = replace(cell, attack="advbench" if attack == "requests" else attack)
-        scores = found[key(cell), int(steps)]
-        for name, value in zip(SCORES, shown, strict=True):
-            count, of = scores[name]
-            assert abs(float(value) - count / of) <= 0.005 + 1e-9, f"{name} in {row}"

@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
 import transformers
 
 import safegrad_optim
+from common.style import plt, save
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-__all__ = ["Arm", "Evaluation", "show"]
+__all__ = ["ROWS", "Arm", "Evaluation", "show"]
 
 
 class Evaluation(NamedTuple):
@@ -59,7 +56,7 @@ class Arm:
         self.kl.append(kl)
 
 
-_ROWS = (
+ROWS = (
     ("harmful score (unsafe requests not refused)", "harmful_score", "{:.2f}"),
     ("refusals kept (of those before)", "refusals_kept", "{:.2f}"),
     ("task accuracy (held-out rows)", "task_accuracy", "{:.2f}"),
@@ -81,17 +78,17 @@ def show(arms: list[Arm], prompts: list[str], args: Namespace) -> None:
     print_replies(arms, prompts)
     print_table(arms)
     folder.mkdir(parents=True, exist_ok=True)
-    save_curves(arms[1:], folder / "curves.png")
+    save_curves(arms[1:], folder / "curves.svg")
     save_results(arms, vars(args), folder / "results.json")
     print(f"\n{time.perf_counter() - args.started:.0f} s. Figure and numbers: {folder}")
 
 
 def print_table(arms: list[Arm]) -> None:
     """Print one Markdown table, a column for each arm."""
-    width = max(len(label) for label, *_ in _ROWS)
+    width = max(len(label) for label, *_ in ROWS)
     print(f"\n| {'':{width}} | " + " | ".join(f"{arm.name:>8}" for arm in arms) + " |")
     print(f"|{'-' * (width + 2)}|" + "|".join("-" * 9 + ":" for _ in arms) + "|")
-    for label, name, form in _ROWS:
+    for label, name, form in ROWS:
         cells = [_cell(arm, name, form) for arm in arms]
         print(f"| {label:{width}} | " + " | ".join(f"{cell:>8}" for cell in cells) + " |")
 
@@ -106,7 +103,7 @@ def print_replies(arms: list[Arm], prompts: list[str], count: int = 3) -> None:
 
 def save_curves(arms: list[Arm], path: Path) -> None:
     """Plot cosine of user and alignment gradient, and KL to the reference, over steps."""
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), layout="constrained")
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 6))
     for arm, marker in zip(arms, ("o", ""), strict=True):
         top.plot(arm.steps, arm.cosine, label=arm.name, marker=marker, markersize=3)
         bottom.plot(arm.steps, arm.kl, label=arm.name, marker=marker, markersize=3)
@@ -116,14 +113,13 @@ def save_curves(arms: list[Arm], path: Path) -> None:
     bottom.set_yscale("symlog", linthresh=1e-2)
     bottom.set_xlabel("step")
     top.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def save_results(arms: list[Arm], options: dict[str, Any], path: Path) -> None:
     """Write every number of the table and the curves, the options and the versions as JSON."""
     columns = {
-        arm.name: {name: _value(arm, name) for _, name, _ in _ROWS}
+        arm.name: {name: _value(arm, name) for _, name, _ in ROWS}
         | {"steps": arm.steps, "cosine": arm.cosine, "kl": arm.kl}
         for arm in arms
     }

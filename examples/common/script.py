@@ -1,9 +1,11 @@
 """What the scripts that train SmolLM2 in one framework each have in common: options, model and rows."""
 
 import argparse
+import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,9 @@ def train_arms(
     trainer.train(resume_from_checkpoint=options.resume)
     found["SafeGrad"] = check.judged(options.steps)
     trainer.save_model()
-    print(f"{table_of(found)}\n\nAdapter: {options.output_dir}")
+    results = json.dumps({name: asdict(one) for name, one in found.items()}, indent=1)
+    (options.output_dir / "results.json").write_text(results + "\n", encoding="utf-8")
+    print(f"{table_of(found)}\n\nAdapter and results.json: {options.output_dir}")
 
 
 def table_of(found: dict[str, Protection]) -> str:

@@ -54,5 +54,5 @@ def test_runs_on_the_real_model(tmp_path):
     found = json.loads((tmp_path / "cost.json").read_text())
     seconds = {arm: values[0] for arm, values in found["lora"]["seconds"].items()}
     assert seconds["plain"] < seconds["k = 10"] < seconds["k = 4"] < seconds["k = 1"]
-    assert (tmp_path / "cost.png").stat().st_size > 1000
-    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    assert (tmp_path / "cost.svg").stat().st_size > 1000
+    assert (tmp_path / "scaling.svg").stat().st_size > 1000

@@ -89,7 +89,7 @@ def test_runs_on_the_real_model(run, tmp_path):
     # And is anchored to it, but for how bf16 rounds in a batch of other rows.
     assert results["SafeGrad"]["kl"][0] < 1e-3
     assert "unsafe requests are refused" in output.out
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "curves.svg").stat().st_size > 10_000
 
 
 @pytest.mark.slow

@@ -21,13 +21,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
 from benchmarks.cost import surgery, training_steps
 from benchmarks.cost.reference_kinds import Kind, compare_kinds
 from common.meter import Meter
+from common.style import plt, save
 
 CASES = {
     "SmolLM2-135M, all parameters": surgery.smollm2_shapes(),
@@ -59,8 +59,8 @@ def main() -> int:
         results["surgery"] = surgery_alone(args)
         print(surgery_table(results["surgery"]))
         results["scaling"] = scaling(args)
-        save_scaling(results["scaling"], args.output_dir / "scaling.png")
-    save_bars(results, args.output_dir / "cost.png")
+        save_scaling(results["scaling"], args.output_dir / "scaling.svg")
+    save_bars(results, args.output_dir / "cost.svg")
     (args.output_dir / "cost.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\nFigures and numbers: {args.output_dir}")
     return 0
@@ -241,7 +241,7 @@ def scaling(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 def save_scaling(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Log-log plots of the time of the surgery and of the floor."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, (name, rows) in zip(axes, points.items(), strict=True):
         for dtype in sorted({row["dtype"] for row in rows}):
             own = [row for row in rows if row["dtype"] == dtype]
@@ -254,15 +254,14 @@ def save_scaling(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
         )
         axis.set_ylabel("seconds")
         axis.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def save_bars(results: dict[str, Any], path: Path) -> None:
     """Bars of time, memory and GB h over plain fine-tuning."""
     modes = [mode for mode in ("lora", "full") if mode in results]
     count = max(1, len(modes))
-    figure, axes = plt.subplots(1, count, figsize=(6 * count, 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, count, figsize=(6 * count, 4), squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=False):
         found = ratios(results[mode])
         for offset, quantity in enumerate(("time", "memory", "gb_hours")):
@@ -273,8 +272,7 @@ def save_bars(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks(range(len(found)), [arm.replace(", ", "\n") for arm in found])
         axis.set_title(f"{mode}: over plain fine-tuning")
         axis.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def machine(device: str) -> dict[str, Any]:

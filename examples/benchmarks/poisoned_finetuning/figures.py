@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -20,9 +19,7 @@ from matplotlib.lines import Line2D
 from benchmarks.poisoned_finetuning.cells import PLANS, Cell
 from benchmarks.poisoned_finetuning.result_lines import read
 from benchmarks.poisoned_finetuning.tables import Rate, markdown, pooled, rate
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from common.style import plt, save
 
 HERE = Path(__file__).parent
 SHOWN = {
@@ -39,20 +36,6 @@ SHOWN = {
 TASKS = {"sst2": "SST-2", "tickets": "tickets", "agnews": "AG News"}
 # By title of a panel and name of a line the rows of `pooled` that it goes through.
 Panels = dict[str, dict[str, list[Any]]]
-_GREY = "#808080"
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _GREY,
-    "axes.grid": True,
-    "axes.labelcolor": _GREY,
-    "axes.titlecolor": _GREY,
-    "font.size": 11,
-    "grid.alpha": 0.3,
-    "legend.framealpha": 0.0,
-    "legend.labelcolor": _GREY,
-    "svg.hashsalt": "safegrad_optim",  # the same file from the same lines
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     (args.output_dir / "tables.md").write_text(text, encoding="utf-8")
     pd.json_normalize(lines, sep="_").to_csv(args.output_dir / "tables.csv", index=False)
     usual = _usual(frame)
-    save(over_steps(usual), "steps", lambda row: row["step"], args.output_dir / "steps.svg")
+    draw(over_steps(usual), "steps", lambda row: row["step"], args.output_dir / "steps.svg")
     ratios = args.output_dir / "ratios.svg"
-    save(over_ratios(usual), "share of harmful rows", lambda row: row["cell"].ratio, ratios)
+    draw(over_ratios(usual), "share of harmful rows", lambda row: row["cell"].ratio, ratios)
     print("\n".join(sections))
     print(f"Figures and tables: {args.output_dir}")
     return 0
@@ -104,30 +87,25 @@ def _plain(cell: Cell) -> Cell:
     return replace(cell, seed=0, model=Cell().model, judged=Cell().judged)
 
 
-def save(panels: Panels, label: str, x_of: Callable[[Any], float], path: Path) -> None:
-    """Harmful score and accuracy with 95 % intervals, a column for each panel; no file if there is none.
-
-    Grey text on no background is read on a light page and on a dark one.
-    """
+def draw(panels: Panels, label: str, x_of: Callable[[Any], float], path: Path) -> None:
+    """Harmful score and accuracy with 95 % intervals, a column for each panel; no file if there is none."""
     if not panels:
         return
     names = dict.fromkeys(name for series in panels.values() for name in series)
     colors = {name: f"C{index}" for index, name in enumerate(names)}
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(4 * len(panels), 6), layout="constrained")
-        axes = figure.subplots(2, len(panels), sharex=True, sharey=True, squeeze=False)
-        for column, (title, series) in zip(axes.T, panels.items(), strict=True):
-            for name, rows in series.items():
-                for axis, score in zip(column, ("not_refused", "task_right"), strict=True):
-                    _bars(axis, [(x_of(row), rate(row, score)) for row in rows], colors[name])
-            column[0].set(title=title, ylim=(-0.03, 1.03))
-            column[1].set(xlabel=label)
-        axes[0, 0].set_ylabel("harmful score (not refused)")
-        axes[1, 0].set_ylabel("task accuracy")
-        lines = [Line2D([], [], color=color) for color in colors.values()]
-        figure.legend(lines, colors, loc="outside lower center", ncols=len(colors))
-        figure.savefig(path, transparent=True, metadata={"Date": None})
-        plt.close(figure)
+    figure = plt.figure(figsize=(4 * len(panels), 6))
+    axes = figure.subplots(2, len(panels), sharex=True, sharey=True, squeeze=False)
+    for column, (title, series) in zip(axes.T, panels.items(), strict=True):
+        for name, rows in series.items():
+            for axis, score in zip(column, ("not_refused", "task_right"), strict=True):
+                _bars(axis, [(x_of(row), rate(row, score)) for row in rows], colors[name])
+        column[0].set(title=title, ylim=(-0.03, 1.03))
+        column[1].set(xlabel=label)
+    axes[0, 0].set_ylabel("harmful score (not refused)")
+    axes[1, 0].set_ylabel("task accuracy")
+    lines = [Line2D([], [], color=color) for color in colors.values()]
+    figure.legend(lines, colors, loc="outside lower center", ncols=len(colors))
+    save(figure, path)
 
 
 def over_steps(rows: list[Any]) -> Panels:
@@ -183,6 +161,7 @@ def _bars(axis: Axes, points: list[tuple[float, Rate | None]], color: str) -> No
         below = [point.value - point.low for _, point in found]
         above = [point.high - point.value for _, point in found]
         x, y = [x for x, _ in found], [point.value for _, point in found]
+        axis.grid(visible=True)
         axis.errorbar(x, y, yerr=[below, above], color=color, capsize=2, marker="o", markersize=4)
 
 
