@@ -1,6 +1,7 @@
 """The numbers of README and docs are those of the committed results."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +78,27 @@ def test_the_tables_of_the_cost():
         assert cost.training_table(mode, results[mode]).partition("\n\n")[2] in page
     for made in (cost.surgery_table(results["surgery"]),):
         assert made.partition("\n\n")[2] in page
+
+
+# A sentence of a page, with a group for each number, and what each is: a score, the cell and the step.
+TICKETS, SST2 = {"task": "tickets"}, {"task": "sst2"}
+PROSE = [
+    (
+        "README.md",
+        r"on tickets (\S+) against (\S+) after 120 steps, and (\S+) after 400",
+        [
+            ("task_right", TICKETS, 120),
+            ("task_right", TICKETS | {"arm": "plain"}, 120),
+            ("task_right", TICKETS, 400),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("page", "sentence", "numbers"), PROSE)
+def test_the_numbers_of_sentences(page, sentence, numbers, scores):
+    found = re.findall(sentence, " ".join(text_of(ROOT / page).split()))
+    assert len(found) == 1, sentence
+    for value, (name, cell, step) in zip(found[0], numbers, strict=True):
+        count, of = scores[key(Cell(**cell)), step][name]
+        assert abs(float(value) - count / of) <= 0.005 + 1e-9, f"{name} of {cell} after {step} steps"

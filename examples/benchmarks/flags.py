@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.public_data import load_advbench, load_task
 from common.smollm2 import load_aligned, load_model
-from safegrad_optim import shipped_harmless_prompts, shipped_requests
+from safegrad_optim import is_refusal, shipped_harmless_prompts, shipped_requests
 from safegrad_optim.reference import reference_source
 from safegrad_optim.safety_data import openings, prompt_tokens
+from safegrad_optim.safety_data._calibration import auc, calibrated
 from safegrad_optim.safety_data._neighbours import mean_over_neighbours, neighbours_of_a_kind
-from safegrad_optim.safety_data._openings import auc, calibrated
 
 SHARES = (0.01, 0.03, 0.1, 0.3)
 THRESHOLD, NEIGHBOURS = 0.5, 8
@@ -76,7 +76,7 @@ def measure(
         return [prompt_tokens("A prompt", text, tokenizer) for text in texts]
 
     unsafe, lookalikes = (tokens([row[name] for row in pairs]) for name in ("request", "lookalike"))
-    opening = calibrated(source, unsafe, lookalikes, BATCH_SIZE)
+    opening = calibrated(source, tokenizer, unsafe, lookalikes, BATCH_SIZE, is_refusal)
 
     def scored(texts: Sequence[str], name: str) -> Scored:
         before = opening.before

@@ -1,7 +1,6 @@
-"""How replies open: the distribution of the token behind a prompt, and which token tells a refusal."""
+"""How replies open: the distribution of the token behind a prompt, and how likely a reply is."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,63 +11,7 @@ from safegrad_optim.parallel import of_all_ranks, share_of, synchronized
 from safegrad_optim.progress import shown
 from safegrad_optim.reference import ReferenceSource
 
-# Llama opens refusals and many answers with "I", a reasoning model both with a thought.
-_POSITIONS = 4
-_SEPARATES, _GAP = 0.9, 0.2
-
 Prompts = Sequence[Sequence[int]]
-
-
-class Opening(NamedTuple):
-    """What is known of one token of replies."""
-
-    before: list[int]  # the tokens of the reply in front of it
-    odds: Tensor  # of each token to refuse, (vocabulary,)
-    of_unsafe: Tensor  # the refusing mass of each unsafe request
-    of_harmless: Tensor  # and of each harmless prompt
-
-    def mass(self, distribution: Tensor) -> Tensor:
-        """Return the refusing mass of distributions of this token, (prompts, vocabulary)."""
-        return distribution @ self.odds.to(distribution.device)
-
-    @property
-    def auc(self) -> float:
-        """How well it tells unsafe requests from harmless prompts."""
-        return auc(self.of_unsafe, self.of_harmless)
-
-    @property
-    def gap(self) -> float:
-        """The difference of its means."""
-        return float(self.of_unsafe.mean() - self.of_harmless.mean())
-
-    @property
-    def separates(self) -> bool:
-        """Whether it tells unsafe requests from harmless prompts."""
-        # The AUC alone would also be near 1 where one token has 0.51 of the one and 0.49 of the other.
-        return self.auc >= _SEPARATES and self.gap >= _GAP
-
-
-def auc(above: Tensor, below: Tensor) -> float:
-    """Return the share of pairs in which the first has more; half of the ties count."""
-    above = above[:, None]
-    return float((above > below).float().mean() + 0.5 * (above == below).float().mean())
-
-
-def calibrated(source: ReferenceSource, unsafe: Prompts, harmless: Prompts, batch_size: int) -> Opening:
-    """Return the first token that tells replies to unsafe from those to harmless prompts, or does so best."""
-    before: list[int] = []
-    tried = []
-    for _ in range(_POSITIONS):
-        of_unsafe, of_harmless = (
-            openings(source, rows, before, batch_size)[0] for rows in (unsafe, harmless)
-        )
-        mean, harmless_mean = of_unsafe.mean(dim=0), of_harmless.mean(dim=0)
-        odds = mean / (mean + harmless_mean).clamp(min=torch.finfo(mean.dtype).tiny)
-        tried.append(Opening(list(before), odds, of_unsafe @ odds, of_harmless @ odds))
-        if tried[-1].separates:
-            return tried[-1]
-        before.append(int(mean.argmax()))
-    return max(tried, key=lambda opening: opening.gap)
 
 
 def openings(

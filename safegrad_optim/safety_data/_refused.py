@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from safegrad_optim.parallel import inner_module
 from safegrad_optim.reference import ReferenceSource, reference_source
+from safegrad_optim.safety_data._calibration import IsRefusal, Opening, calibrated
 from safegrad_optim.safety_data._neighbours import BANK, mean_over_neighbours, neighbours_of_a_kind
-from safegrad_optim.safety_data._openings import Opening, calibrated, openings
+from safegrad_optim.safety_data._openings import openings
+from safegrad_optim.safety_data._refusals import is_refusal
 from safegrad_optim.safety_data._rows import opening_rows
 from safegrad_optim.safety_data._template import prompt_tokens, template_ends
 from safegrad_optim.safety_data._training_prompts import TrainingData, TrainingPrompt, training_prompts
@@ -88,6 +90,7 @@ def refused_prompts(
     harmless: Sequence[str | Mapping[str, Any]],
     threshold: float = 0.5,
     neighbours: int = 8,
+    is_refusal: IsRefusal = is_refusal,
     batch_size: int = 32,
 ) -> RefusedPrompts:
     """Find the training prompts that the aligned model refuses, by how its reply would open.
@@ -108,6 +111,7 @@ def refused_prompts(
         unsafe, harmless: requests that it refuses, and look-alikes that it answers, in the same formats.
         threshold: of the score, above which a prompt is flagged.
         neighbours: that a score is the mean of; fewer where fewer prompts have a mass above the threshold.
+        is_refusal: tells whether a reply refuses; asked of a model that answers many of `unsafe`.
         batch_size: prompts that go through the model at a time.
 
     Raises:
@@ -119,9 +123,11 @@ def refused_prompts(
     source = reference_source(inner_module(model))
     opening = calibrated(
         source,
+        tokenizer,
         _known("unsafe requests", unsafe, tokenizer),
         _known("harmless prompts", harmless, tokenizer),
         batch_size,
+        is_refusal,
     )
     return find_refused(source, tokenizer, prompts, opening, threshold, neighbours, batch_size)
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from safegrad_optim.batches import SafetySource
 from safegrad_optim.parallel import inner_module
 from safegrad_optim.reference import ReferenceSource, reference_source
-from safegrad_optim.safety_data._openings import Opening, calibrated, openings
+from safegrad_optim.safety_data._calibration import IsRefusal, Opening, calibrated
+from safegrad_optim.safety_data._openings import openings
 from safegrad_optim.safety_data._prefixes import prefixed_tokens
+from safegrad_optim.safety_data._refusals import is_refusal
 from safegrad_optim.safety_data._refused import RefusedPrompts, find_refused
 from safegrad_optim.safety_data._rows import opening_rows
 from safegrad_optim.safety_data._shipped import shipped_harmless_prompts, shipped_requests
@@ -78,6 +80,7 @@ def safety_sources(
     requests: Sequence[Mapping[str, Any]] | None = None,
     prefix_weight: float = 5.0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    is_refusal: IsRefusal = is_refusal,
     batch_size: int = 32,
     seed: int = 0,
 ) -> SafetySources:
@@ -106,6 +109,7 @@ def safety_sources(
         prefix_weight: of the prefixed requests. More, such as 12.5, holds more of an attack without unsafe
             text, and costs task accuracy.
         chat_template_kwargs: what else the chat template is given, as in `safety_rows`.
+        is_refusal: tells whether a reply refuses; asked of a model that answers many of the unsafe requests.
         batch_size: prompts that go through the model at a time.
         seed: of the prefixes, and of what is kept out.
 
@@ -120,7 +124,7 @@ def safety_sources(
     # The look-alikes alone, of which a model refuses some by mistake, would blur what an answer opens with.
     others = [] if requests is not None else _harmless(tokenizer)
     source = reference_source(inner_module(model))
-    opening = _separating(calibrated(source, unsafe, harmless + others, batch_size))
+    opening = _separating(calibrated(source, tokenizer, unsafe, harmless + others, batch_size, is_refusal))
     answered = 1 - opening.of_harmless[: len(harmless)]
     kept = {"requests": _above(unsafe, opening.of_unsafe), "lookalikes": _above(harmless, answered)}
     lines = [

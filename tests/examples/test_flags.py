@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.flags import Scored, rates
-from safegrad_optim.safety_data._openings import auc
+from safegrad_optim.safety_data._calibration import auc
 
 
 def test_auc_counts_pairs_in_order_and_half_of_the_ties():

@@ -11,7 +11,7 @@ from safegrad_optim import KLAlignment, SafeGradOptimizer, safety_sources, shipp
 from safegrad_optim.safety_data._prefixes import prefixed_tokens
 from safegrad_optim.safety_data._template import template_ends
 from tests.safety_data.test_refused_prompts import ATTACK, HARMLESS, TASK, THINGS, UNSAFE, taught
-from tests.support.chat import TOKENIZER, chat_model, encoded
+from tests.support.chat import TOKENIZER, chat_model, encoded, learn
 from tests.support.models import perturb, tiny_peft, trainable
 
 PAIRS = [
@@ -81,6 +81,27 @@ def test_all_rows_of_refused_prompts_are_numbered_and_what_is_left_has_none(mode
     left = [row for number, row in enumerate(data) if number not in made.flagged_rows]
     assert make(model, left).flagged_rows == set()
     assert make(model, None).flagged_rows == set()
+
+
+def test_a_model_that_answers_half_of_the_requests_is_known_by_its_refusals():
+    refused = UNSAFE + HARMLESS[:3]
+    rows = [
+        {"prompt": prompt, "response": "Go away now." if prompt in refused else "Use a wet rag."}
+        for prompt in UNSAFE + HARMLESS + ATTACK + TASK
+    ]
+    half = learn(chat_model(), rows, steps=60).eval()
+    pairs = [
+        {"request": unsafe, "lookalike": harmless}
+        for unsafe, harmless in zip(UNSAFE + ATTACK, HARMLESS + TASK, strict=True)
+    ]
+    with pytest.raises(ValueError, match="much as those to 16 harmless prompts"):
+        make(half, None, pairs)  # in words that is_refusal does not know
+    made = make(half, None, pairs, is_refusal=lambda reply: "Go away" in reply)
+    assert "8 of 16 unsafe requests are refused." in str(made)
+    assert "13 of 16 look-alikes are answered." in str(made)
+    assert not [
+        text for text in texts(made.by_name["requests"]) if any(request in text for request in ATTACK)
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])

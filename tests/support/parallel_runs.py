@@ -26,7 +26,7 @@ from safegrad_optim.alignment import _base as alignment
 from safegrad_optim.optimizer import _step as surgery_step
 from safegrad_optim.parallel import _fsdp
 from safegrad_optim.safety_data import refused_prompts
-from safegrad_optim.safety_data._openings import Opening
+from safegrad_optim.safety_data._calibration import Opening
 from safegrad_optim.safety_data._rows import opening_rows
 from safegrad_optim.safety_data._training_prompts import TrainingPrompt
 from tests.support.chat import TOKENIZER
@@ -257,7 +257,7 @@ def checked(mode):
     odds = torch.arange(len(TOKENIZER)) % 2 * 1.0
     model, _, _ = parallel(model, mode, {})
     kept_out = [TrainingPrompt(row, (5, 9, 12 + row)) for row in range(20)]
-    sources = SafetySources({}, "", None, kept_out, [], Opening([], odds, odds, odds), None)
+    sources = SafetySources({}, "", None, kept_out, [], Opening([], odds, odds, odds, 1.0, 1.0), None)
     refuses = {"is_refusal": lambda reply: sum(map(ord, reply)) % 2 == 0, "batch_size": 5}
     check = ProtectionCheck(model, TOKENIZER, sources, count=10, on_leak="stop", **refuses)
     found = [check.judged(0), check.decoded(0)]
