@@ -144,10 +144,8 @@ def safety_sources(
         to_check = _held_out_behind(tokens, tokenizer, seed + 1)
         masses = _masses(source, prefixed, opening, batch_size)
         kept["prefixed requests"] = _above(prefixed, masses)
-        lines += [
-            _counted("requests behind training prompts are refused", rows * _PREFIXES, masses),
-            str(found),
-        ]
+        lines.append(_counted("requests behind training prompts are refused", rows * _PREFIXES, masses))
+        lines += [str(found)]
         lines += [f"{len(kept_out)} of them are in no safety row, for ProtectionCheck."] * bool(kept_out)
     shapes = _SHAPES | {"prefixed requests": _Shape(2, 5, prefix_weight)}
     by_name = {
