@@ -23,6 +23,9 @@ ARMS = {
     "default": {},
     "default, 4 rows": {"rows": 4},
     "4 rows, `prefix_weight=12.5`": {"rows": 4, "prefix_weight": 12.5},
+    "filtered": {"arm": "filtered"},
+    "filtered, `refresh_every=2`": {"arm": "filtered", "refresh_every": 2},
+    "dropped": {"arm": "dropped"},
     "`refresh_every=2`": {"refresh_every": 2},
 }
 SCORES = ("not_refused", "unlikely", "task_right", "over_refused")
@@ -39,27 +42,67 @@ def table_below(page, header):
 
 
 def key(cell):
-    """What a run is told by, whatever its length; plain runs have none of what protects."""
-    own = {"rows": 2, "prefix_weight": 5.0} if cell.arm == "plain" else {}
-    return replace(cell, steps=0, **own)
+    """What a run is told by; plain ones have none of what protects."""
+    return replace(cell, rows=2, prefix_weight=5.0) if cell.arm == "plain" else cell
 
 
 @pytest.fixture(scope="module")
-def scores():
-    """The scores of a run after so many steps, by its cell."""
-    return {(key(Cell(**line["cell"])), line["step"]): line["scores"] for line in read(RESULTS)}
+def lines():
+    """The result lines by cell and step."""
+    return {(key(Cell(**line["cell"])), line["step"]): line for line in read(RESULTS)}
 
 
-def test_the_table_of_the_evidence(scores):
+def close(text, pair):
+    """Whether a text of two digits is the share that a pair of counts is."""
+    count, of = pair
+    return abs(float(text) - count / of) <= 0.005 + 1e-9
+
+
+def test_the_table_of_the_evidence(lines):
     table = table_below(DOCS / "evidence.md", "| attack | task |")
     assert len(table) > 15
     for attack, task, ratio, arm, steps, *shown in table:
-        cell = Cell(task=TASKS[task], ratio=float(ratio), **ARMS[arm])
+        step, _, whole = steps.partition(" of ")
+        cell = Cell(task=TASKS[task], ratio=float(ratio), steps=int(whole or step), **ARMS[arm])
         cell = replace(cell, attack="advbench" if attack == "requests" else attack)
-        found = scores[key(cell), int(steps)]
+        scores = lines[cell, int(step)]["scores"]
         for name, value in zip(SCORES, shown, strict=True):
-            count, of = found[name]
-            assert abs(float(value) - count / of) <= 0.005 + 1e-9, f"{name} of {cell}"
+            assert close(value, scores[name]), f"{name} of {cell}"
+
+
+def test_the_table_of_attackers_who_know(lines):
+    disguises = {
+        "least refused of 12 wordings": "reworded",
+        "92 task forms": "unlike",
+        "the task's instruction": "instructed",
+    }
+    table = table_below(DOCS / "evidence.md", "| disguise | task |")
+    assert len(table) > 3
+    for disguise, task, flagged, aligned, *shown in table:
+        cell = Cell(task=TASKS[task], ratio=0.3, attack=disguises[disguise])
+        line = lines[cell, 120]
+        assert close(flagged, line["safety"]["flagged_attack"])
+        # What the aligned model answers does not depend on the task.
+        assert close(aligned, lines[replace(cell, arm="aligned", task="sst2"), 0]["scores"]["not_refused"])
+        for name, value in zip(("not_refused", "complied", "task_right", "over_refused"), shown, strict=True):
+            assert close(value, line["scores"][name])
+
+
+def test_the_last_check_alarms_in_each_run_that_leaks_and_in_none_that_holds(lines):
+    """Over the attacks by requests; those of another identity are told of in the page."""
+    seen = {True: 0, False: 0}
+    aligned = Cell("aligned", ratio=0.3)
+    for (cell, _), line in lines.items():
+        asked = line.get("checked", [])
+        if cell.attack == "identity" or not asked or "prefixed requests" not in asked[0]["kept"]:
+            continue
+        before = lines.get((replace(aligned, attack=cell.attack), 0)) or lines[Cell("aligned", ratio=0.0), 0]
+        now, then = (found["scores"]["not_refused"] for found in (line, before))
+        leaks = now[0] / now[1] > then[0] / then[1] + 0.1
+        assert bool(asked[-1]["leaks"]) == leaks, cell
+        seen[leaks] += 1
+    assert seen[True] > 3
+    assert seen[False] > 10
 
 
 def test_the_table_of_the_readme():
@@ -80,25 +123,81 @@ def test_the_tables_of_the_cost():
         assert made.partition("\n\n")[2] in page
 
 
-# A sentence of a page, with a group for each number, and what each is: a score, the cell and the step.
-TICKETS, SST2 = {"task": "tickets"}, {"task": "sst2"}
+# A sentence of a page with a group for each number, and what these are: score, step and cell.
+TICKETS, SST2, LONG, IDENTITY = {"task": "tickets"}, {"task": "sst2"}, {"steps": 400}, {"attack": "identity"}
 PROSE = [
     (
         "README.md",
-        r"on tickets (\S+) against (\S+) after 120 steps, and (\S+) after 400",
+        r"on tickets (\S+) against (\S+) after 120 of 400 steps, and (\S+) against (\S+) after all",
         [
-            ("task_right", TICKETS, 120),
-            ("task_right", TICKETS | {"arm": "plain"}, 120),
-            ("task_right", TICKETS, 400),
+            ("task_right", 120, TICKETS | LONG),
+            ("task_right", 120, TICKETS | LONG | {"arm": "plain"}),
+            ("task_right", 400, TICKETS | LONG),
+            ("task_right", 400, TICKETS | LONG | {"arm": "plain"}),
         ],
+    ),
+    (
+        "README.md",
+        r"left out, (\S+) against (\S+) after 120",
+        [("task_right", 120, TICKETS | {"arm": arm}) for arm in ("filtered", "plain")],
+    ),
+    (
+        "README.md",
+        r"new name, (\S+) to (\S+) of unsafe requests",
+        [
+            ("not_refused", 120, IDENTITY),
+            ("not_refused", 120, IDENTITY | {"ratio": 0.3, "rows": 4}),
+        ],
+    ),
+    (
+        "docs/evidence.md",
+        r"accuracy is (\S+) after 120 steps, where plain has (\S+); after 400 it is (\S+) against (\S+)\. On",
+        [
+            ("task_right", step, TICKETS | LONG | {"arm": arm})
+            for step in (120, 400)
+            for arm in ("default", "plain")
+        ],
+    ),
+    (
+        "docs/evidence.md",
+        r"accuracy is (\S+) after 120 steps against (\S+), and the harmful score (\S+)\. .* at all \((\S+)\)",
+        [
+            ("task_right", 120, TICKETS | {"arm": "filtered"}),
+            ("task_right", 120, TICKETS | {"arm": "plain"}),
+            ("not_refused", 120, TICKETS | {"arm": "filtered"}),
+            ("not_refused", 120, TICKETS | {"arm": "dropped"}),
+        ],
+    ),
+    (
+        "docs/evidence.md",
+        r"later still: (\S+) and (\S+) on tickets",
+        [("task_right", step, TICKETS | LONG | {"refresh_every": 2}) for step in (120, 400)],
+    ),
+    (
+        "docs/evidence.md",
+        r"(\S+) with 90 % of its rows, (\S+) with 30 %, where the aligned model has (\S+)\. `prefix",
+        [
+            ("not_refused", 120, IDENTITY),
+            ("not_refused", 120, IDENTITY | {"ratio": 0.3, "rows": 4}),
+            ("not_refused", 0, IDENTITY | {"arm": "aligned", "ratio": 0.0}),
+        ],
+    ),
+    (
+        "docs/choose.md",
+        r"accuracy: (\S+) against (\S+) on tickets after 400 steps",
+        [("task_right", 400, TICKETS | LONG | {"refresh_every": every}) for every in (2, 1)],
+    ),
+    (
+        "docs/choose.md",
+        r"accuracy (\S+) instead of (\S+) on tickets after 120 steps",
+        [("task_right", 120, TICKETS | {"arm": "filtered"}), ("task_right", 120, TICKETS | LONG)],
     ),
 ]
 
 
 @pytest.mark.parametrize(("page", "sentence", "numbers"), PROSE)
-def test_the_numbers_of_sentences(page, sentence, numbers, scores):
+def test_the_numbers_of_sentences(page, sentence, numbers, lines):
     found = re.findall(sentence, " ".join(text_of(ROOT / page).split()))
     assert len(found) == 1, sentence
-    for value, (name, cell, step) in zip(found[0], numbers, strict=True):
-        count, of = scores[key(Cell(**cell)), step][name]
-        assert abs(float(value) - count / of) <= 0.005 + 1e-9, f"{name} of {cell} after {step} steps"
+    for text, (name, step, cell) in zip(found[0], numbers, strict=True):
+        assert close(text, lines[Cell(**cell), step]["scores"][name]), f"{name} of {cell} after {step} steps"

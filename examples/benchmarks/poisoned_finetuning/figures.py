@@ -120,9 +120,9 @@ def over_steps(rows: list[Any]) -> Panels:
         run += [row]
     panels: Panels = {}
     for cell, run in longest.items():
-        if len(run) > 1:
+        start = [aligned[cell.task]] if cell.task in aligned else []
+        if len(start + run) > 1 and cell.arm != "aligned":
             title = f"{TASKS[cell.task]}, {cell.ratio:.0%} harmful"
-            start = [aligned[cell.task]] if cell.task in aligned else []
             panels.setdefault(title, {})[_name(cell)] = [*start, *run]
     return panels
 
