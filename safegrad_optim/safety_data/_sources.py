@@ -25,8 +25,8 @@ _REFUSING = 0.5
 _NEIGHBOURS = 8
 # Refused training prompts from which on some are kept to check by, and at most how many.
 _ENOUGH_TO_SPARE, _CHECKED = 16, 16
-# Prefixes that each request is put behind.
-_PREFIXES = 2
+# Prefixes that each request is put behind, and times the weight of such rows where no prompts are refused.
+_PREFIXES, _ALONE = 2, 2.5
 
 
 class _Shape(NamedTuple):
@@ -97,7 +97,8 @@ def safety_sources(
     "I'm sorry" as well as "I'm glad to help". Whether a reply refuses is known by the token it opens with, in
     any language: see `refused_prompts`. Rows of the training data matter most, for requests of another hand
     than the attack's lose their effect within some hundred steps. The weights are 2.5, 1, 2.5 and
-    `prefix_weight`.
+    `prefix_weight`, with two rows a step each. If no training prompt is refused, prefixed requests have four
+    rows, and 2.5 times the weight.
 
     Args:
         model: the aligned model, before fine-tuning; with its PEFT adapters switched off.
@@ -147,7 +148,7 @@ def safety_sources(
         lines.append(_counted("requests behind training prompts are refused", rows * _PREFIXES, masses))
         lines += [str(found)]
         lines += [f"{len(kept_out)} of them are in no safety row, for ProtectionCheck."] * bool(kept_out)
-    shapes = _SHAPES | {"prefixed requests": _Shape(2, 5, prefix_weight)}
+    shapes = _shapes(prefix_weight, kept)
     by_name = {
         name: _source(model, tokenizer, prompts, shapes[name], len(opening.before), batch_size)
         for name, prompts in kept.items()
@@ -155,6 +156,14 @@ def safety_sources(
     }
     lines += [f"No rows of {name}: that source is left out." for name, prompts in kept.items() if not prompts]
     return SafetySources(by_name, "\n".join(lines), found, kept_out, to_check, opening, chat_template_kwargs)
+
+
+def _shapes(prefix_weight: float, kept: Mapping[str, Any]) -> dict[str, _Shape]:
+    """What each source is like; without a refused training prompt an attack can only lie in a form."""
+    prefixed = _Shape(2, 5, prefix_weight)
+    if not kept.get("training prompts"):
+        prefixed = _Shape(4, 5, _ALONE * prefix_weight)
+    return _SHAPES | {"prefixed requests": prefixed}
 
 
 def _source(

@@ -125,6 +125,16 @@ def test_training_prompts_may_be_texts_or_tokens(model):
     }
 
 
+def test_prefixed_requests_have_the_rows_of_refused_prompts_where_there_are_none(model):
+    of = {
+        name: {key: (source.batch_size, source.weight) for key, source in make(model, data).by_name.items()}
+        for name, data in (("refused", TASK * 2 + ATTACK), ("none", TASK))
+    }
+    assert of["refused"]["training prompts"] == (2, 2.5)
+    assert of["refused"]["prefixed requests"] == (2, 5.0)
+    assert of["none"]["prefixed requests"] == (4, 12.5)
+
+
 def test_prompts_of_another_template_give_no_prefixes(model):
     foreign = [{"input_ids": [*TOKENIZER(f"### {text} ->")["input_ids"], 5], "labels": []} for text in TASK]
     for row in foreign:

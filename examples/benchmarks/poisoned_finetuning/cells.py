@@ -43,7 +43,7 @@ class Cell:
     prefix_weight: float = 5.0
     """Of the source of prefixed requests."""
     rows: int = 2
-    """Rows a step of each of these two sources."""
+    """Rows a step of each of these two sources, or half as many as of prefixed requests alone."""
     refresh_every: int = 1
     steps: int = 120
     lr: float = 5e-4
