@@ -83,6 +83,6 @@ def safety_rows_of(
     for name, factor in (("training prompts", cell.training_weight), ("prefixed requests", 1.0)):
         if name in by_name:
             source = by_name[name]
-            rows = source.batch_size * cell.rows // Cell.rows
-            by_name[name] = replace(source, weight=source.weight * factor, batch_size=rows)
+            size = source.batch_size * cell.rows // Cell.rows
+            by_name[name] = replace(source, weight=source.weight * factor, batch_size=size)
     return SafetyRows(rows, [*by_name.values()], flagged, made)
