@@ -128,6 +128,11 @@ TICKETS, SST2, LONG, IDENTITY = {"task": "tickets"}, {"task": "sst2"}, {"steps":
 PROSE = [
     (
         "README.md",
+        r"answered (\S+) of unsafe requests after 120 steps, a protected one (\S+)\. Without",
+        [("not_refused", 120, {"arm": arm, "ratio": 0.0}) for arm in ("plain", "default")],
+    ),
+    (
+        "README.md",
         r"on tickets (\S+) against (\S+) after 120 of 400 steps, and (\S+) against (\S+) after all",
         [
             ("task_right", 120, TICKETS | LONG),
