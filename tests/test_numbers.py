@@ -62,7 +62,7 @@ def test_the_table_of_the_evidence(lines):
     table = table_below(DOCS / "evidence.md", "| attack | task |")
     assert len(table) > 15
     for attack, task, ratio, arm, steps, *shown in table:
-        step, _, whole = steps.partition(" of ")
+        step, _, whole = steps.partition("/")
         cell = Cell(task=TASKS[task], ratio=float(ratio), steps=int(whole or step), **ARMS[arm])
         cell = replace(cell, attack="advbench" if attack == "requests" else attack)
         scores = lines[cell, int(step)]["scores"]
