@@ -198,7 +198,8 @@ def _separating(opening: Opening) -> Opening:
         raise ValueError(
             f"The model opens its replies to {len(opening.of_unsafe)} unsafe requests much as those to "
             f"{len(opening.of_harmless)} harmless prompts: AUC {opening.auc:.2f}, means {opening.gap:.2f} "
-            "apart. Give the aligned chat model, with its own chat template, or requests that it refuses."
+            "apart. Give the aligned chat model, with its own chat template; requests that it refuses; or an "
+            "is_refusal= that knows its refusals."
         )
     return opening
 

@@ -149,7 +149,7 @@ def _usual(frame: pd.DataFrame) -> list[Any]:
     shown = ("arm", "task", "ratio", "steps", "refresh_every")
     found = []
     for _, row in frame.iterrows():
-        cell = _plain(row["cell"])
+        cell = row["cell"]
         if cell == replace(Cell(), **{name: getattr(cell, name) for name in shown}):
             found.append(row)
     return found
