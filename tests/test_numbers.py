@@ -94,7 +94,12 @@ def test_the_last_check_alarms_in_each_run_that_leaks_and_in_none_that_holds(lin
     aligned = Cell("aligned", ratio=0.3)
     for (cell, _), line in lines.items():
         asked = line.get("checked", [])
-        if cell.attack == "identity" or not asked or "prefixed requests" not in asked[0]["kept"]:
+        if (
+            cell.model != Cell.model
+            or cell.attack == "identity"
+            or not asked
+            or "prefixed requests" not in asked[0]["kept"]
+        ):
             continue
         before = lines.get((replace(aligned, attack=cell.attack), 0)) or lines[Cell("aligned", ratio=0.0), 0]
         now, then = (found["scores"]["not_refused"] for found in (line, before))
@@ -145,10 +150,7 @@ PROSE = [
     (
         "README.md",
         r"new name, (\S+) to (\S+) of unsafe requests",
-        [
-            ("not_refused", 120, IDENTITY),
-            ("not_refused", 120, IDENTITY | {"ratio": 0.3, "rows": 4}),
-        ],
+        [("not_refused", 120, IDENTITY | {"ratio": ratio}) for ratio in (0.3, 0.9)],
     ),
     (
         "docs/evidence.md",
@@ -176,10 +178,10 @@ PROSE = [
     ),
     (
         "docs/evidence.md",
-        r"(\S+) with 90 % of its rows, (\S+) with 30 %, where the aligned model has (\S+)\. `prefix",
+        r"(\S+) with 90 % of its rows, (\S+) with 30 %, where the aligned model has (\S+)\. Few",
         [
             ("not_refused", 120, IDENTITY),
-            ("not_refused", 120, IDENTITY | {"ratio": 0.3, "rows": 4}),
+            ("not_refused", 120, IDENTITY | {"ratio": 0.3}),
             ("not_refused", 0, IDENTITY | {"arm": "aligned", "ratio": 0.0}),
         ],
     ),
