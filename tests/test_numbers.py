@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cost import cost
+from benchmarks.poisoned_finetuning import figures
 from benchmarks.poisoned_finetuning.cells import Cell
 from benchmarks.poisoned_finetuning.result_lines import read
 from common.report import ROWS
@@ -17,14 +18,13 @@ RESULTS = ROOT / "examples/benchmarks/poisoned_finetuning/results.jsonl"
 DOCS = ROOT / "docs"
 MEASURED = DOCS / "evidence"
 
-TASKS = {"SST-2": "sst2", "tickets": "tickets", "AG News": "agnews"}
+TASKS = {label: task for task, label in figures.TASKS.items()}
 ARMS = {
     "plain": {"arm": "plain"},
     "default": {},
     "default, 4 rows": {"rows": 4},
     "4 rows, `prefix_weight=12.5`": {"rows": 4, "prefix_weight": 12.5},
     "filtered": {"arm": "filtered"},
-    "filtered, `refresh_every=2`": {"arm": "filtered", "refresh_every": 2},
     "dropped": {"arm": "dropped"},
     "`refresh_every=2`": {"refresh_every": 2},
 }
@@ -41,15 +41,10 @@ def table_below(page, header):
     return [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows]
 
 
-def key(cell):
-    """What a run is told by; plain ones have none of what protects."""
-    return replace(cell, rows=2, prefix_weight=5.0) if cell.arm == "plain" else cell
-
-
 @pytest.fixture(scope="module")
 def lines():
     """The result lines by cell and step."""
-    return {(key(Cell(**line["cell"])), line["step"]): line for line in read(RESULTS)}
+    return {(Cell(**line["cell"]), line["step"]): line for line in read(RESULTS)}
 
 
 def close(text, pair):
@@ -125,7 +120,7 @@ def test_the_table_of_the_surgery():
 
 
 # A sentence of a page with a group for each number, and what these are: score, step and cell.
-TICKETS, SST2, LONG, IDENTITY = {"task": "tickets"}, {"task": "sst2"}, {"steps": 400}, {"attack": "identity"}
+TICKETS, LONG, IDENTITY = {"task": "tickets"}, {"steps": 400}, {"attack": "identity"}
 PROSE = [
     (
         "README.md",

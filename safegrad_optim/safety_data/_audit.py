@@ -77,12 +77,11 @@ def audit_rows(
     for prompt, score in zip(found.prompts, found.scores.tolist(), strict=True):
         scores[prompt.row] = max(scores[prompt.row], score)
     reasons = {}
-    for row, score in enumerate(scores):
-        if found.opening.separates and score > threshold:
-            reply = _last_reply(row, data[row], tokenizer)
-            if reply is None or not is_refusal(reply):
-                answer = "has no reply" if reply is None else "does not refuse"
-                reasons[row] = f"the aligned model refuses its prompt (score {score:.2f}), the row {answer}"
+    for row in sorted(found.flagged_rows):
+        reply = _last_reply(row, data[row], tokenizer)
+        if reply is None or not is_refusal(reply):
+            answer = "has no reply" if reply is None else "does not refuse"
+            reasons[row] = f"the aligned model refuses its prompt (score {scores[row]:.2f}), the row {answer}"
     innocent = [row["prompt"] for row in shipped_harmless_prompts()]
     innocent += [row["lookalike"] for row in shipped_requests("held_out")]
     tokens = [prompt_tokens("A prompt", text, tokenizer) for text in innocent]

@@ -18,6 +18,7 @@ _POSITIONS = 4
 _SEPARATES, _GAP = 0.9, 0.2
 # What shows in a decoded reply, and how many refusals are enough to go by, in number and of all requests.
 _REPLY_TOKENS, _LEAST, _LEAST_SHARE = 12, 8, 0.2
+_ALL = slice(None)
 
 
 class Opening(NamedTuple):
@@ -68,29 +69,33 @@ def calibrated(
         progress = "Replies to requests"
         replies = greedy_tokens(model, tokenizer, [*unsafe, *harmless], progress=progress, **options)
     refused = [is_refusal(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in replies]
-    of_unsafe, of_harmless = refused[: len(unsafe)], refused[len(unsafe) :]
-    refused_ones = [prompt for prompt, refuses in zip(unsafe, of_unsafe, strict=True) if refuses]
-    answered = [prompt for prompt, refuses in zip(harmless, of_harmless, strict=True) if not refuses]
-    if len(refused_ones) < max(_LEAST, _LEAST_SHARE * len(unsafe)) or not answered:
+    refused_ones, answered = torch.tensor(refused[: len(unsafe)]), ~torch.tensor(refused[len(unsafe) :])
+    if refused_ones.sum() < max(_LEAST, _LEAST_SHARE * len(unsafe)) or not answered.any():
         return opening
-    found = _best(source, refused_ones, answered, batch_size)
-    masses = (openings(source, rows, found.before, batch_size, found.mass)[0] for rows in (unsafe, harmless))
-    return found._replace(of_unsafe=next(masses), of_harmless=next(masses))
+    return _best(source, unsafe, harmless, batch_size, refused_ones, answered)
 
 
-def _best(source: ReferenceSource, unsafe: Prompts, harmless: Prompts, batch_size: int) -> Opening:
-    """The first token that separates, or the one with the largest gap."""
+def _best(
+    source: ReferenceSource,
+    unsafe: Prompts,
+    harmless: Prompts,
+    batch_size: int,
+    known_unsafe: Tensor | slice = _ALL,
+    known_harmless: Tensor | slice = _ALL,
+) -> Opening:
+    """The first token that separates the known ones, or the one with the largest gap."""
     before: list[int] = []
     tried = []
     for _ in range(_POSITIONS):
         of_unsafe, of_harmless = (
             openings(source, rows, before, batch_size)[0] for rows in (unsafe, harmless)
         )
-        mean, harmless_mean = of_unsafe.mean(dim=0), of_harmless.mean(dim=0)
+        mean, harmless_mean = of_unsafe[known_unsafe].mean(dim=0), of_harmless[known_harmless].mean(dim=0)
         odds = mean / (mean + harmless_mean).clamp(min=torch.finfo(mean.dtype).tiny)
         masses = of_unsafe @ odds, of_harmless @ odds
-        gap = float(masses[0].mean() - masses[1].mean())
-        tried.append(Opening(list(before), odds, *masses, auc(*masses), gap))
+        known = masses[0][known_unsafe], masses[1][known_harmless]
+        gap = float(known[0].mean() - known[1].mean())
+        tried.append(Opening(list(before), odds, *masses, auc(*known), gap))
         if tried[-1].separates:
             return tried[-1]
         before.append(int(mean.argmax()))

@@ -55,7 +55,7 @@ class RefusedPrompts:
         return opening_rows(model, tokenizer, [prompt.tokens for prompt in self.flagged], tokens)
 
     def __str__(self) -> str:
-        total, over = len(self.prompts), int((self.scores > self.threshold).sum()) * self.opening.separates
+        total, over = len(self.prompts), len(self._over())
         separates = "" if self.opening.separates else ", too little: nothing is flagged"
         lines = [
             f"{over} of {total} training prompts ({over / total:.1%}) are refused by the aligned model "

@@ -72,8 +72,7 @@ def safety_rows_of(
         return SafetyRows(rows, [SafetySource(rows=own)], made=made)
     if cell.arm == "requests":
         return SafetyRows(rows, [made.by_name[name] for name in ("requests", "lookalikes")], made=made)
-    assert made.refused_prompts is not None
-    flagged = {rows[prompt.row].prompt for prompt in made.refused_prompts.flagged}
+    flagged = {rows[number].prompt for number in made.flagged_rows}
     if cell.arm in ("dropped", "filtered"):
         kept = [turn for turn in rows if turn.prompt not in flagged]
         rows = drawn(kept, len(rows), random.Random(cell.seed))
